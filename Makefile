@@ -1,0 +1,59 @@
+# Every target sets up what it needs first; a second setup costs nothing.
+#   make demo ARGS=--keep      arguments for the demo, the benchmarks or pytest
+#   make test JOBS=4           processes for the tests that may run side by side
+
+PY    := .venv/bin/python
+ARGS  ?=
+JOBS  ?= 2
+RUFF  := $(PY) -m ruff
+PATHS := $(wildcard storaged tests tools demo benchmarks dashboards)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-long lint format bench proto proto-check lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: ## Install system packages (as root) and make .venv with everything needed
+	@tools/setup.sh $(if $(filter setup,$(MAKECMDGOALS)),,--quiet)
+
+demo: setup ## Run the main job for real: a full host disk, two guests, balloons, resizes
+	@$(PY) demo/run.py $(ARGS)
+
+test: setup ## Run the checks and every test that this machine can run
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory proto-check
+	@JOBS=$(JOBS) tools/test.sh $(ARGS)
+
+test-long: setup ## Run the slow tests too
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory proto-check
+	@LONG=1 JOBS=$(JOBS) tools/test.sh $(ARGS)
+
+lint: setup ## Check style, formatting, types and who imports whom
+	@$(RUFF) check --quiet --output-format concise $(PATHS)
+	@$(RUFF) format --check --output-format concise $(PATHS) >build/format.log 2>&1 || \
+		{ cat build/format.log >&2; echo 'lint: run `make format`' >&2; exit 1; }
+	@$(PY) -m mypy --no-error-summary
+	@.venv/bin/lint-imports --no-logo
+	@echo 'lint: style, formatting, types and imports are fine'
+
+format: setup ## Format the code, and fix what can be fixed by itself
+	@$(RUFF) check --quiet --fix-only --exit-zero $(PATHS)
+	@$(RUFF) format --quiet $(PATHS)
+
+bench: setup ## Measure against real peers
+	@$(PY) benchmarks/run.py $(ARGS)
+
+proto: setup ## Generate the Python modules from the .proto files
+	@tools/proto.sh
+
+proto-check: setup ## Fail when the generated modules are not those of the .proto files
+	@tools/proto.sh --check
+
+lock: setup ## Pin all dependencies again, with hashes (ARGS=--upgrade for the newest)
+	@tools/lock.sh $(ARGS)
+
+clean: ## Remove everything that was made: .venv, build, caches
+	@rm -rf .venv build dist *.egg-info .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,147 @@
+"""A real storaged in a process of its own, and a client for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
+
+STARTS_WITHIN_S = 20.0
+
+
+class Daemon:
+    """`storaged serve` on a unix socket in `directory`. Stopped on the way out of `with`, killed if it will not."""
+
+    def __init__(self, directory: Path, *arguments: str, stateful: Path | None = None) -> None:
+        self.socket = directory / "storaged.sock"
+        self.log = directory / "storaged.log"
+        where = ["--sim"] if stateful is None else ["--stateful", str(stateful)]
+        self._command = [
+            *(sys.executable, "-m", "storaged", "serve", "--listen", f"unix:{self.socket}"),
+            *("--state-dir", str(directory / "state"), *where, *arguments),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: grpc.Channel | None = None
+
+    @property
+    def address(self) -> str:
+        """As `--guest` takes it."""
+        return f"unix:{self.socket}"
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Start it and wait until it serves. Raises RuntimeError with its log when it does not."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._channel = grpc.insecure_channel(f"unix:{self.socket}")
+        until = time.monotonic() + STARTS_WITHIN_S
+        while True:
+            try:
+                self.maitred.GetResizeStatus(common_pb2.EmptyMessage(), timeout=2)
+            except grpc.RpcError:
+                if self._process.poll() is not None or time.monotonic() > until:
+                    self.kill()
+                    raise RuntimeError(f"storaged does not serve:\n{self.log.read_text()}") from None
+                time.sleep(0.05)
+            else:
+                return self
+
+    @property
+    def maitred(self) -> vm_guest_pb2_grpc.MaitredStub:
+        """The contract's service."""
+        assert self._channel is not None
+        return vm_guest_pb2_grpc.MaitredStub(self._channel)
+
+    @property
+    def storage(self) -> storaged_v1_pb2_grpc.StorageStub:
+        """The engine's own service."""
+        assert self._channel is not None
+        return storaged_v1_pb2_grpc.StorageStub(self._channel)
+
+    def report_free(self, free: int, state: int = vm_guest_pb2.DISK_NORMAL) -> int:
+        """UpdateStorageBalloon; its result."""
+        request = vm_guest_pb2.UpdateStorageBalloonRequest(state=state, free_space_bytes=free)  # type: ignore[arg-type]
+        return self.maitred.UpdateStorageBalloon(request, timeout=20).result
+
+    def report(self) -> storaged_v1_pb2.Report:
+        """GetReport."""
+        return self.storage.GetReport(storaged_v1_pb2.GetReportRequest(), timeout=20)
+
+    def resize(self, size: int) -> int:
+        """ResizeFilesystem; its status."""
+        return self.maitred.ResizeFilesystem(vm_guest_pb2.ResizeFilesystemRequest(size=size), timeout=20).status
+
+    def status(self) -> vm_guest_pb2.GetResizeStatusResponse:
+        """GetResizeStatus."""
+        return self.maitred.GetResizeStatus(common_pb2.EmptyMessage(), timeout=20)
+
+    def minimum(self) -> int:
+        """GetResizeBounds."""
+        return self.maitred.GetResizeBounds(common_pb2.EmptyMessage(), timeout=20).minimum_size
+
+    def available(self) -> int:
+        """GetAvailableSpace."""
+        return self.maitred.GetAvailableSpace(common_pb2.EmptyMessage(), timeout=20).available_space
+
+    def wait_resized(self, within_s: float = 60.0) -> vm_guest_pb2.GetResizeStatusResponse:
+        """Poll as a host does until no resize is in progress; the last status."""
+        until = time.monotonic() + within_s
+        while (status := self.status()).resize_in_progress:
+            if time.monotonic() > until:
+                raise TimeoutError(f"still resizing after {within_s:g} s: {status}")
+            time.sleep(0.02)
+        return status
+
+    def stop(self) -> int:
+        """SIGTERM and wait; its exit code."""
+        if self._process is None:
+            return 0
+        self._close_channel()
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            code = self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        self._process = None
+        return code
+
+    def kill(self) -> None:
+        """kill -9, as a crash."""
+        self._close_channel()
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.stop()
+        else:
+            self.kill()

@@ -1,0 +1,210 @@
+"""Brings the balloon to where it must be, and says so only when it is true.
+
+Blocking; run it off the event loop. One lock serialises it with the resize runner, which borrows the balloon.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from dataclasses import dataclass
+
+from storaged.balloon import target
+from storaged.core.model import Space
+from storaged.core.ports import BalloonFile, Filesystem
+from storaged.errors import FilesystemError, Kind
+from storaged.resize.bounds import Chunk, Layout, with_balloon
+from storaged.units import MIB, SECTOR, format_size
+
+MOST_MOVES = 64
+"""Moves per call: an idle filesystem needs under ten; a writer that never pauses must not hold us for ever."""
+WORTH_A_TRIM = 4 * MIB
+WORTH_A_COMMIT = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one call did: bytes the balloon holds, and the space that leaves."""
+
+    size: int
+    space: Space
+    inflated: int
+    deflated: int
+
+
+class BalloonEngine:
+    """Owns the balloon file of one filesystem."""
+
+    def __init__(self, filesystem: Filesystem, balloon: BalloonFile) -> None:
+        self._fs = filesystem
+        self._balloon = balloon
+        self.lock = threading.RLock()
+        """Held by whoever moves the balloon; the resize runner holds it during each of its steps."""
+        self.inflated_total = 0
+        self.deflated_total = 0
+        self.target = 0
+
+    def size(self) -> int:
+        """Bytes the balloon holds now."""
+        return self._balloon.size()
+
+    def prepare(self) -> str:
+        """Give a new filesystem's metadata a chunk of the usual size while there is room; says what it did.
+
+        mkfs makes metadata chunks as small as 8 MiB (single profile), of which the kernel keeps 5 to 7 MiB in
+        reserve: with the balloon over the rest, not even a directory could be made.
+        """
+        with self.lock:
+            space = self._fs.space()
+            wanted = space.metadata_chunk * space.metadata_copies
+            if (
+                space.mixed
+                or space.read_only
+                or space.exclusive_operation != "none"
+                or space.metadata_headroom >= target.comfortable_headroom(space)
+                or space.metadata_used > 8 * MIB
+                or space.unallocated < 2 * wanted
+            ):
+                return ""
+            self._fs.grow_metadata()
+            total = self._fs.space().metadata_total
+            return f"metadata chunks grown from {format_size(space.metadata_total)} to {format_size(total)}"
+
+    def hold(self, limit: int | None) -> Held:
+        """Size the balloon so that applications can write `limit` bytes; None gives everything back.
+
+        Returns when it is so and committed. Raises FilesystemError with the reason when it cannot be.
+        """
+        with self.lock:
+            if limit is None:
+                return self._release()
+            return self._settle(limit)
+
+    def guard(self, limit: int | None, budget: int) -> int:
+        """Give one chunk of the balloon to metadata if it is about to run out; bytes given, at most `budget`."""
+        with self.lock:
+            held = self._balloon.size()
+            space = self._fs.space()
+            if limit is None or not target.relief_due(space, held) or space.exclusive_operation != "none":
+                return 0
+            layout = self.layout()
+            owned = [c for c in layout.chunks if c.vacant and c.balloon and c.balloon <= budget]
+            if not owned:
+                return 0
+            chunk = max(owned, key=lambda c: c.balloon)
+            given = self._balloon.vacate([(chunk.logical, chunk.length)])
+            self.deflated_total += given
+            self._fs.reclaim_empty_chunks()
+            return given
+
+    def layout(self) -> Layout:
+        """The filesystem's chunks with the balloon's share counted in."""
+        layout = self._fs.layout()
+        if not self._balloon.size():
+            return layout
+        return Layout(layout.size, layout.device, with_balloon(layout.chunks, self._balloon.extents()))
+
+    def vacate(self, chunks: tuple[Chunk, ...]) -> int:
+        """Let the balloon go out of `chunks`, for a resize that is about to cut them away; bytes given back."""
+        with self.lock:
+            given = self._balloon.vacate([(chunk.logical, chunk.length) for chunk in chunks])
+            self.deflated_total += given
+            self._fs.sync()
+            return given
+
+    def _release(self) -> Held:
+        held = self._balloon.size()
+        self.target = 0
+        self._balloon.remove()
+        self._fs.sync()
+        self.deflated_total += held
+        return Held(0, self._fs.space(), 0, held)
+
+    def _settle(self, limit: int) -> Held:
+        space = self._fs.space()
+        if space.read_only:
+            raise FilesystemError("the filesystem is read-only", errno.EROFS, Kind.PRECONDITION)
+        inflated = deflated = 0
+        ready = False
+        most = space.size  # the largest inflation that is still worth trying after an ENOSPC
+        for _ in range(MOST_MOVES):
+            held = self._balloon.size()
+            by = min(target.next_move(space, held, limit).by, most)
+            self.target = max(held + goal_gap(space, limit), 0)
+            if by > 0:
+                _refuse_if_busy(space)
+            if by == 0 or most < SECTOR:
+                break
+            if not ready:
+                ready = True
+                self._make_ready(space, inflating=by > 0)
+            elif by > 0:
+                try:
+                    self._balloon.extend(by)
+                    inflated += by
+                except FilesystemError as error:
+                    most = self._after_refusal(error, by, space, limit)
+            else:
+                self._balloon.shrink(-by)
+                deflated -= by
+                self._fs.sync()  # until then the kernel counts it as used
+            space = self._fs.space()
+        self.inflated_total += inflated
+        self.deflated_total += deflated
+        if inflated:
+            self._fs.sync()  # f_bavail, and what a crash would leave, are true only after a commit
+        return self._checked(limit, inflated, deflated)
+
+    def _checked(self, limit: int, inflated: int, deflated: int) -> Held:
+        """What was done, once it is seen to be enough."""
+        space = self._fs.space()
+        if space.available > target.ceiling(space, limit):
+            raise FilesystemError(
+                f"applications can still write {space.available} bytes, {limit} are allowed;"
+                " the kernel gives the balloon no more room",
+                errno.ENOSPC,
+            )
+        held = self._balloon.size()
+        if deflated and target.relief_due(space, held + deflated):
+            self._hand_back_chunks()
+        return Held(held, space, inflated, deflated)
+
+    def _make_ready(self, space: Space, *, inflating: bool) -> None:
+        """Before anything moves: deletions counted, and freed blocks on their way to the host."""
+        if not inflating or space.data_pinned >= WORTH_A_COMMIT:
+            # What was deleted a moment ago still counts as used; going by that, too much would be given back.
+            self._fs.sync()
+        if inflating:
+            # Blocks that were freed but not yet discarded would stay allocated on the host under the balloon.
+            queued = self._fs.untrimmed()
+            if queued is not None and queued >= WORTH_A_TRIM and self._fs.discard_supported():
+                self._fs.trim()
+
+    def _after_refusal(self, error: FilesystemError, tried: int, space: Space, limit: int) -> int:
+        """What to try next after the kernel refused `tried` bytes; raises when the reason is not lack of room."""
+        if error.errno != errno.ENOSPC:
+            raise FilesystemError(f"the balloon could not take {tried} bytes: {error.message}", error.errno)
+        if space.available <= target.ceiling(space, limit):
+            return 0  # close enough: what is missing is less than the slack
+        self._fs.sync()
+        return tried // 2
+
+    def _hand_back_chunks(self) -> None:
+        """After a deflation with metadata short: the room is wanted now, not when the cleaner comes by."""
+        try:
+            self._fs.reclaim_empty_chunks()
+        except FilesystemError:
+            self._fs.sync()  # no room even for that: the next commit wakes the kernel's cleaner
+
+
+def _refuse_if_busy(space: Space) -> None:
+    """Nothing may be taken while the kernel moves chunks about: it would be copied, which writes to the host."""
+    if space.exclusive_operation != "none":
+        raise FilesystemError(
+            f"the kernel is busy with an exclusive operation ({space.exclusive_operation})", errno.EBUSY, Kind.BUSY
+        )
+
+
+def goal_gap(space: Space, limit: int) -> int:
+    """Bytes the balloon still lacks (positive) or holds too many (negative) for `limit`."""
+    return space.available - target.goal(space, limit)

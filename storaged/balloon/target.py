@@ -1,0 +1,111 @@
+"""How big the balloon must be: pure arithmetic on the kernel's space accounting.
+
+What applications can still write is the free room in data chunks plus what is not allocated to any chunk. The
+balloon file takes data room until that sum is the host's limit. Two facts of btrfs complicate it:
+
+- Data chunks come in steps of a tenth of the filesystem, at most 1 GiB, and a large request makes the kernel
+  allocate a chunk more than it needs. So the last two chunks are taken one by one.
+- Metadata needs chunks too. When the metadata chunks there are run low, some unallocated room must stay for the
+  next one, or the filesystem refuses writes, and later a deflated balloon does not help for half a minute. That
+  *claim* is at most half a data chunk, and is given up where keeping it would break the promise to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from storaged.core.model import Space
+from storaged.units import MIB, SECTOR
+
+TOLERANCE = MIB
+"""Differences below this are not worth a commit; hosts report in steps of 100 MiB."""
+LEAST_ROOM = 4 * MIB
+"""Data room the kernel's own accounting may hide (superblock stripes, rounding)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The next thing to do to the balloon: grow it (`by` > 0), shrink it (`by` < 0), or nothing (0)."""
+
+    by: int
+
+
+SETTLED = Move(0)
+
+
+def comfortable_headroom(space: Space) -> int:
+    """Metadata bytes that should fit without a new chunk: 1/64 of the filesystem, 8 to 64 MiB."""
+    return min(max(space.size // 64, 8 * MIB), 64 * MIB)
+
+
+def least_headroom(space: Space) -> int:
+    """Below this the balloon gives a chunk back: enough that a balance still finds room to work in."""
+    return comfortable_headroom(space) // 2
+
+
+def metadata_claim(space: Space) -> int:
+    """Unallocated bytes to leave for the next metadata chunk; 0 while there is headroom."""
+    if space.mixed:
+        # Data and metadata share chunks: what metadata may need is left free inside them.
+        return max(2 * space.global_reserve, comfortable_headroom(space))
+    if space.metadata_headroom >= comfortable_headroom(space):
+        return 0
+    return min(space.metadata_chunk * space.metadata_copies, space.data_chunk) // 2
+
+
+def allowance(reported_free: int, reserve: int) -> int:
+    """What applications may still write when the host says `reported_free`: never less protective than upstream."""
+    return max(reported_free - reserve, 0)
+
+
+def goal(space: Space, limit: int) -> int:
+    """The value `space.available` should come to for `limit`."""
+    return limit + metadata_claim(space)
+
+
+def ceiling(space: Space, limit: int) -> int:
+    """The most `space.available` may be for the promise to hold: the limit and one chunk's slack."""
+    return limit + space.data_chunk + LEAST_ROOM
+
+
+def next_move(space: Space, held: int, limit: int) -> Move:
+    """The next move towards `limit` for a balloon that holds `held` bytes. Call again with new facts after it.
+
+    Shapes: all bytes. The moves converge: each inflation is at most what is missing, the last chunks one by one.
+    """
+    missing = space.available - goal(space, limit)
+    if missing < -TOLERANCE:
+        give = min(-missing, held)
+        return Move(-give) if give else SETTLED
+    if missing < SECTOR:
+        return SETTLED
+    free = space.data_free
+    if missing <= free:
+        return Move(_sectors(missing))
+    chunk = space.data_chunk
+    # A chunk more would be allocated: does the room for metadata allow it?
+    claim = metadata_claim(space)
+    if claim and space.unallocated - chunk < claim and space.available - free <= ceiling(space, limit):
+        return Move(_sectors(free)) if free >= SECTOR else SETTLED
+    if missing > free + 2 * chunk:
+        return Move(_sectors(missing - 2 * chunk))
+    if free >= SECTOR:
+        return Move(_sectors(free))
+    return Move(_sectors(min(missing, chunk)))
+
+
+def relief_due(space: Space, held: int) -> bool:
+    """True when metadata is about to run out while the balloon holds room it could have."""
+    if not held or space.mixed:
+        return False
+    reach = space.metadata_headroom + space.unallocated // space.metadata_copies
+    return reach < least_headroom(space)
+
+
+def relief_budget(reported_free: int, reserve: int) -> int:
+    """Bytes the guest may be given for metadata beyond its limit, per report: a quarter of the host's reserve."""
+    return min(max(reported_free, 0), reserve) // 4
+
+
+def _sectors(size: int) -> int:
+    return size // SECTOR * SECTOR

@@ -1,0 +1,1 @@
+"""The only place that knows an ioctl: space, layout, resize, discard, capacity events."""

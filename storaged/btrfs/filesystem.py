@@ -1,0 +1,218 @@
+"""The real filesystem behind `core.ports.Filesystem`: sysfs for space, ioctls for the rest."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import btrfs
+from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYSTEM
+
+from storaged.btrfs import ioctl
+from storaged.core.model import Space
+from storaged.errors import FilesystemError, Kind, Unsupported
+from storaged.resize.bounds import Chunk, Layout
+from storaged.units import GIB, MIB
+
+MOST_DATA_CHUNK = GIB
+"""A data stripe is at most this (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
+DEVICE_RANGE_RESERVED = MIB
+"""BTRFS_DEVICE_RANGE_RESERVED: never part of a chunk."""
+
+
+@contextmanager
+def kernel(what: str) -> Iterator[None]:
+    """Turns an OSError into the FilesystemError that names what was tried."""
+    try:
+        yield
+    except OSError as error:
+        kind = {
+            errno.EPERM: Kind.UNSUPPORTED,
+            errno.EOPNOTSUPP: Kind.UNSUPPORTED,
+            errno.EROFS: Kind.PRECONDITION,
+        }
+        number = error.errno or 0
+        raise FilesystemError(f"{what}: {os.strerror(number)}", number, kind.get(number)) from error
+
+
+class BtrfsFilesystem:
+    """A mounted btrfs on one device. Raises Unsupported when it is something else."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self._mountpoint = os.path.realpath(mountpoint)
+        try:
+            self._fs = btrfs.FileSystem(self._mountpoint)
+            info = self._fs.fs_info()
+        except OSError as error:
+            raise Unsupported(f"{mountpoint} is not a mounted btrfs filesystem: {error.strerror}") from error
+        self.fd: int = self._fs.fd
+        self._uuid = str(info.fsid)
+        if info.num_devices != 1:
+            raise Unsupported(f"{mountpoint} spans {info.num_devices} devices; storaged manages one-device filesystems")
+        self.devid: int = info.max_id
+        self.device_path: str = self._fs.dev_info(self.devid).path
+        number = os.stat(self.device_path).st_rdev
+        self.device_name = f"{os.major(number)}:{os.minor(number)}"
+        self._block = f"/sys/dev/block/{self.device_name}"
+        self._sysfs = f"/sys/fs/btrfs/{self._uuid}"
+        self._files: dict[str, int] = {}
+        self._mixed = os.path.isdir(f"{self._sysfs}/allocation/mixed")
+
+    def close(self) -> None:
+        """Let go of every file; the filesystem can be unmounted afterwards."""
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+        self._fs.__exit__(None, None, None)
+
+    @property
+    def mountpoint(self) -> str:
+        return self._mountpoint
+
+    @property
+    def uuid(self) -> str:
+        return self._uuid
+
+    def _text(self, name: str) -> str:
+        fd = self._files.get(name)
+        if fd is None:
+            fd = self._files[name] = os.open(f"{self._sysfs}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.pread(fd, 64, 0).decode().strip()
+
+    def _number(self, name: str) -> int:
+        return int(self._text(name))
+
+    def space(self) -> Space:
+        with kernel("reading the filesystem's space"):
+            return self._space()
+
+    def _space(self) -> Space:
+        device = self._fs.dev_info(self.devid)
+        data = "allocation/mixed" if self._mixed else "allocation/data"
+        metadata = "allocation/mixed" if self._mixed else "allocation/metadata"
+        used = sum(
+            self._number(f"{data}/{part}")
+            for part in ("bytes_used", "bytes_reserved", "bytes_may_use", "bytes_readonly")
+        )
+        metadata_used = sum(
+            self._number(f"{metadata}/{part}")
+            for part in ("bytes_used", "bytes_reserved", "bytes_pinned", "bytes_readonly")
+        )
+        data_total = self._number(f"{data}/total_bytes")
+        metadata_total = self._number(f"{metadata}/total_bytes")
+        size: int = device.total_bytes
+        tenth = size // 10 // 65536 * 65536
+        return Space(
+            size=size,
+            device=self.device_size(),
+            data_total=data_total,
+            data_used=used,
+            data_pinned=self._number(f"{data}/bytes_pinned"),
+            metadata_total=metadata_total,
+            metadata_used=metadata_used,
+            global_reserve=self._number("allocation/global_rsv_size"),
+            unallocated=max(size - device.bytes_used - DEVICE_RANGE_RESERVED, 0),
+            data_chunk=min(MOST_DATA_CHUNK, tenth, self._chunk_size(data)),
+            metadata_chunk=min(tenth, self._chunk_size(metadata)),
+            data_copies=self._copies(data, data_total),
+            metadata_copies=self._copies(metadata, metadata_total),
+            mixed=self._mixed,
+            read_only=self.read_only(),
+            exclusive_operation=self._text("exclusive_operation"),
+        )
+
+    def _chunk_size(self, kind: str) -> int:
+        try:
+            return self._number(f"{kind}/chunk_size")  # since Linux 6.0
+        except FileNotFoundError:
+            return MOST_DATA_CHUNK if kind.endswith("data") and not kind.endswith("metadata") else GIB // 4
+
+    def _copies(self, kind: str, total: int) -> int:
+        return max(self._number(f"{kind}/disk_total") // total, 1) if total else 1
+
+    def read_only(self) -> bool:
+        """True also after the kernel forced it."""
+        return bool(os.statvfs(self.fd).f_flag & os.ST_RDONLY)
+
+    def layout(self) -> Layout:
+        with kernel("reading the chunk layout"):
+            used = {group.vaddr: group.used for group in self._fs.block_groups()}
+            device = self._fs.dev_info(self.devid)
+            chunks = tuple(
+                Chunk(
+                    logical=chunk.vaddr,
+                    length=chunk.length,
+                    used=used.get(chunk.vaddr, 0),
+                    balloon=0,
+                    kind=_kind(chunk.type),
+                    stripes=tuple(stripe.offset for stripe in chunk.stripes),
+                    stripe_length=chunk.length,  # single and DUP: a stripe is as long as the chunk
+                )
+                for chunk in self._fs.chunks()
+            )
+        return Layout(device.total_bytes, self.device_size(), chunks)
+
+    def size(self) -> int:
+        size: int = self._fs.dev_info(self.devid).total_bytes
+        return size
+
+    def device_size(self) -> int:
+        with open(f"{self._block}/size", encoding="ascii") as file:
+            return int(file.read()) * 512
+
+    def statvfs_available(self) -> int | None:
+        with kernel("statvfs"):
+            answer = os.statvfs(self.fd)
+        # During a shrink the kernel's subtraction wraps round to about 2^64.
+        return answer.f_bavail * answer.f_frsize if answer.f_bavail <= answer.f_blocks else None
+
+    def sync(self) -> None:
+        with kernel("committing the filesystem"):
+            ioctl.sync(self.fd)
+
+    def discard_supported(self) -> bool:
+        for queue in (f"{self._block}/queue", f"{self._block}/../queue"):  # a partition has its disk's queue
+            try:
+                with open(f"{queue}/discard_max_bytes", encoding="ascii") as file:
+                    return int(file.read()) > 0
+            except FileNotFoundError:
+                continue
+        return False
+
+    def untrimmed(self) -> int | None:
+        try:
+            return self._number("discard/discardable_bytes")
+        except OSError:
+            return None
+
+    def trim(self) -> int:
+        with kernel("discarding free space (FITRIM)"):
+            return ioctl.trim(self.fd)
+
+    def reclaim_empty_chunks(self) -> None:
+        with kernel("handing empty chunks back (balance)"):
+            self._balance(data_args=btrfs.ioctl.BalanceArgs(usage_max=0))
+
+    def grow_metadata(self) -> None:
+        with kernel("growing the metadata chunks (balance)"):
+            self._balance(meta_args=btrfs.ioctl.BalanceArgs())
+
+    def _balance(self, **arguments: object) -> None:
+        if self._text("exclusive_operation") != "none":
+            raise OSError(errno.EBUSY, "an exclusive operation is running")
+        try:
+            btrfs.ioctl.balance_v2(self.fd, **arguments)
+        except btrfs.ioctl.BalanceError as error:
+            raise OSError(error.errno or errno.EIO, str(error)) from error
+
+
+def _kind(flags: int) -> str:
+    if flags & BLOCK_GROUP_DATA and flags & BLOCK_GROUP_METADATA:
+        return "mixed"
+    if flags & BLOCK_GROUP_DATA:
+        return "data"
+    if flags & BLOCK_GROUP_METADATA:
+        return "metadata"
+    return "system" if flags & BLOCK_GROUP_SYSTEM else "other"

@@ -1,0 +1,111 @@
+"""Runs the kernel's resize in a child process, so that it can be cancelled, killed and counted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+
+from storaged.btrfs import ioctl, resize_worker
+from storaged.btrfs.filesystem import BtrfsFilesystem, kernel
+from storaged.errors import FilesystemError, Kind
+
+_REASONS = {
+    errno.ENOSPC: "no room to move what lies above the new end",
+    errno.EFBIG: "the device is smaller than that",
+    errno.ECANCELED: "cancelled",
+    errno.ETXTBSY: "an active swap file lies above the new end",
+    errno.EROFS: "the filesystem is read-only",
+    errno.EPERM: "not permitted (CAP_SYS_ADMIN is needed)",
+}
+
+
+class ChildResizer:
+    """The resize calls of one filesystem. `resize` from one thread at a time, `cancel` from any."""
+
+    def __init__(self, filesystem: BtrfsFilesystem) -> None:
+        self._fs = filesystem
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None while there is none."""
+        return self._child.pid if self._child is not None else None
+
+    def start(self) -> None:
+        """Start the child now, so that the first resize does not wait for it."""
+        with self._lock:
+            if self._child is not None and self._child.poll() is None:
+                return
+            self._reap()
+            self._child = subprocess.Popen(
+                [sys.executable, "-I", "-S", resize_worker.__file__, str(self._fs.fd), str(self._fs.devid)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(self._fs.fd,),
+                start_new_session=True,
+                env={},
+            )
+
+    def resize(self, size: int) -> None:
+        self.start()
+        child = self._child
+        if child is None or child.stdin is None or child.stdout is None:
+            raise FilesystemError("the resize process could not be started", errno.ECHILD, Kind.UNAVAILABLE)
+        try:
+            os.write(child.stdin.fileno(), b"%d\n" % size)
+            answer = child.stdout.readline()
+        except OSError:
+            answer = b""
+        if not answer:
+            self._reap()
+            raise FilesystemError("the resize process was killed", errno.ECANCELED, Kind.UNAVAILABLE)
+        result, number = map(int, answer.split())
+        if result > 0:
+            raise FilesystemError(
+                f"an exclusive operation is in the way ({self._fs.space().exclusive_operation})",
+                errno.EINPROGRESS,
+                Kind.BUSY,
+            )
+        if number:
+            reason = _REASONS.get(number, os.strerror(number))
+            raise FilesystemError(f"resize to {size} bytes: {reason}", number)
+
+    def cancel(self) -> None:
+        try:
+            with kernel("cancelling the resize"):
+                ioctl.resize(self._fs.fd, "cancel")
+        except FilesystemError as error:
+            if error.errno != errno.ENOTCONN:  # nothing was running
+                raise
+
+    def written(self) -> int:
+        pid = self.pid
+        if pid is None:
+            return 0
+        try:
+            with open(f"/proc/{pid}/task/{pid}/io", encoding="ascii") as file:
+                for line in file:
+                    if line.startswith("write_bytes:"):
+                        return int(line.split()[1])
+        except OSError:
+            pass  # it has just ended, or the kernel has no I/O accounting
+        return 0
+
+    def close(self) -> None:
+        with self._lock:
+            if self._child is not None:
+                self._child.kill()
+                self._reap()
+
+    def _reap(self) -> None:
+        if self._child is None:
+            return
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._child.wait()
+        self._child = None

@@ -1,0 +1,1 @@
+"""What storage should do: pure decisions, no I/O, no clock."""

@@ -1,0 +1,132 @@
+"""How effects reach the world. Implemented by the kernel adapters and by the simulation, with one contract.
+
+Every method may block; callers run them off the event loop. Errors are `storaged.errors.FilesystemError`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from storaged.core.model import DirtyLimits, Space
+from storaged.resize.bounds import Layout
+
+
+class Filesystem(Protocol):
+    """The guest's filesystem."""
+
+    @property
+    def mountpoint(self) -> str: ...
+
+    @property
+    def uuid(self) -> str: ...
+
+    def space(self) -> Space:
+        """What is used and what is left, true at once, without a commit."""
+
+    def layout(self) -> Layout:
+        """Every chunk and where it lies, without the balloon's share."""
+
+    def size(self) -> int:
+        """Bytes the filesystem has; microseconds, never blocks."""
+
+    def device_size(self) -> int:
+        """Bytes the device has now."""
+
+    def statvfs_available(self) -> int | None:
+        """f_bavail in bytes; None while the kernel's number cannot be believed."""
+
+    def sync(self) -> None:
+        """Commit the running transaction."""
+
+    def discard_supported(self) -> bool:
+        """True when freed blocks can be handed back to the host."""
+
+    def untrimmed(self) -> int | None:
+        """Freed bytes whose discard is still queued; None when the kernel does not say."""
+
+    def trim(self) -> int:
+        """Discard all free space; bytes discarded as the kernel counts."""
+
+    def reclaim_empty_chunks(self) -> None:
+        """Turn completely empty data chunks back into unallocated space."""
+
+    def grow_metadata(self) -> None:
+        """Replace small metadata chunks by one of the kernel's present size."""
+
+
+class BalloonFile(Protocol):
+    """The file whose extents are the balloon."""
+
+    def size(self) -> int:
+        """Bytes it holds now, without waiting for a commit."""
+
+    def extend(self, size: int) -> None:
+        """Take `size` more bytes: all or nothing. errno ENOSPC or EDQUOT when that cannot be."""
+
+    def shrink(self, size: int) -> None:
+        """Give `size` bytes back, from the end."""
+
+    def extents(self) -> list[tuple[int, int]]:
+        """(logical start, length) of every extent."""
+
+    def vacate(self, ranges: list[tuple[int, int]]) -> int:
+        """Give back every extent that begins inside one of the logical (start, length) ranges; bytes given."""
+
+    def remove(self) -> None:
+        """Give everything back and leave no trace."""
+
+
+class Resizer(Protocol):
+    """The kernel's resize, in a process of its own."""
+
+    def resize(self, size: int) -> None:
+        """Make the filesystem `size` bytes; returns when it is. FilesystemError with the kernel's errno."""
+
+    def cancel(self) -> None:
+        """Stop the resize under way, from another thread; does nothing when none is."""
+
+    def written(self) -> int:
+        """Bytes the kernel wrote on behalf of `resize` since the process began."""
+
+    def close(self) -> None:
+        """End the process."""
+
+
+class Sysctl(Protocol):
+    """The kernel's write-back limits."""
+
+    def dirty_limits(self) -> DirtyLimits: ...
+
+    def set_dirty_limits(self, limits: DirtyLimits) -> None: ...
+
+
+class Clock(Protocol):
+    """Time, as the daemon sees it."""
+
+    def monotonic(self) -> float: ...
+
+    def wall(self) -> float: ...
+
+
+class JournalStore(Protocol):
+    """One small document that is either the old one or the new one, whatever happens."""
+
+    def load(self) -> dict[str, object] | None: ...
+
+    def save(self, record: dict[str, object]) -> None: ...
+
+
+@dataclass(slots=True)
+class World:
+    """The ports of one filesystem, real or simulated."""
+
+    filesystem: Filesystem
+    balloon: BalloonFile
+    resizer: Resizer
+    sysctl: Sysctl
+    clock: Clock
+    journal: JournalStore
+    simulated: bool = False
+    poll_s: float = 0.1
+    """How often a running resize is looked at."""

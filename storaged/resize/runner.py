@@ -1,0 +1,189 @@
+"""Does a resize job's work: makes room, calls the kernel step by step, watches, heals what an error left.
+
+Blocking, in a thread of its own; what happens is told through one callback. The kernel's work itself runs in the
+resizer's child process.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from storaged.balloon.engine import BalloonEngine
+from storaged.core import events as ev
+from storaged.core.ports import Clock, Filesystem, Resizer
+from storaged.errors import FilesystemError, Kind, StoragedError
+from storaged.resize.bounds import compute, plan_shrink
+from storaged.resize.job import Job
+from storaged.units import SECTOR, sector_floor
+
+POLL_S = 0.1
+BUSY_WAIT_S = 30.0
+"""How long to wait for the kernel's own chunk reclaim to let go of the exclusive slot."""
+BUSY_POLL_S = 0.2
+
+Tell = Callable[[ev.JobPrepared | ev.JobProgressed | ev.JobEnded], None]
+
+
+@dataclass(slots=True)
+class _Work:
+    job: Job
+    tell: Tell
+    stop: threading.Event
+    moved_before: int = 0
+
+
+class ResizeRunner:
+    """Runs at most one job at a time on one filesystem."""
+
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        resizer: Resizer,
+        balloon: BalloonEngine,
+        clock: Clock,
+        *,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._fs = filesystem
+        self._resizer = resizer
+        self._balloon = balloon
+        self._clock = clock
+        self._poll_s = poll_s
+        self._stop: threading.Event | None = None
+
+    def run(self, job: Job, tell: Tell) -> None:
+        """Do the job's work; returns after JobEnded was told, whatever happened."""
+        stop = threading.Event()
+        work = _Work(job, tell, stop, self._resizer.written())
+        self._stop = stop
+        outcome, reason = ev.Outcome.SUCCEEDED, ""
+        try:
+            if job.shrinks:
+                self._shrink(work)
+            else:
+                self._grow(work)
+            if self._fs.size() != sector_floor(job.requested):
+                outcome, reason = ev.Outcome.FAILED, f"the filesystem has {self._fs.size()} bytes after it"
+        except FilesystemError as error:
+            stopped = error.errno == errno.ECANCELED
+            outcome = ev.Outcome.STOPPED if stopped else ev.Outcome.FAILED
+            reason = error.message
+            if not stopped:
+                reason += self._heal(error)
+        except (StoragedError, OSError, ValueError) as error:
+            outcome, reason = ev.Outcome.FAILED, str(error)
+        finally:
+            self._stop = None
+        tell(
+            ev.JobEnded(
+                job.id,
+                outcome,
+                self._true_size(job),
+                reason,
+                self._clock.monotonic(),
+                self._clock.wall(),
+                max(self._resizer.written() - work.moved_before, 0) if job.shrinks else 0,
+            )
+        )
+
+    def cancel(self) -> None:
+        """Stop the job under way; its JobEnded says how it ended."""
+        stop = self._stop
+        if stop is None:
+            return
+        stop.set()
+        # A cancel that arrives between two kernel calls finds nothing running; the stop flag catches that.
+        self._resizer.cancel()
+
+    def _true_size(self, job: Job) -> int:
+        try:
+            return self._fs.size()
+        except (StoragedError, OSError):
+            return job.current_size
+
+    def _grow(self, work: _Work) -> None:
+        work.tell(ev.JobPrepared(work.job.id))
+        self._call(work, work.job.requested)
+
+    def _shrink(self, work: _Work) -> None:
+        job = work.job
+        with self._balloon.lock:
+            self._fs.sync()
+            layout = self._balloon.layout()
+            bounds = compute(layout)
+            if job.requested < bounds.guaranteed:
+                # The guest has written since the request was judged.
+                raise FilesystemError(
+                    f"the minimum is now {bounds.guaranteed} bytes: {bounds.why}",
+                    errno.ENOSPC,
+                    Kind.OUT_OF_RANGE,
+                )
+            steps = plan_shrink(layout, sector_floor(job.requested))
+        work.tell(ev.JobPrepared(job.id))
+        to_move = sum(step.moves for step in steps)
+        for step in steps:
+            if work.stop.is_set():
+                raise FilesystemError("cancelled", errno.ECANCELED)
+            with self._balloon.lock:
+                if step.vacate:
+                    self._balloon.vacate(step.vacate)
+                self._watched(work, step.size, to_move)
+            self._progress(work, step.size, to_move)
+
+    def _watched(self, work: _Work, size: int, to_move: int) -> None:
+        """Call the kernel while another thread reports how far it is."""
+        done = threading.Event()
+
+        before = self._fs.size()  # the kernel shows the target at once, so this is read first
+        watcher = threading.Thread(target=self._watch, args=(work, before, to_move, done), daemon=True)
+        watcher.start()
+        try:
+            self._call(work, size)
+        finally:
+            done.set()
+            watcher.join()
+
+    def _watch(self, work: _Work, size: int, to_move: int, done: threading.Event) -> None:
+        while not done.wait(self._poll_s):
+            self._progress(work, size, to_move)
+
+    def _progress(self, work: _Work, size: int, to_move: int) -> None:
+        moved = max(self._resizer.written() - work.moved_before, 0) if to_move else 0
+        work.tell(ev.JobProgressed(work.job.id, size, moved, to_move, self._clock.wall()))
+
+    def _call(self, work: _Work, size: int) -> None:
+        """One resize, waiting for the kernel's own work to end first."""
+        until = time.monotonic() + BUSY_WAIT_S
+        while True:
+            if work.stop.is_set():
+                raise FilesystemError("cancelled", errno.ECANCELED)
+            try:
+                self._resizer.resize(size)
+            except FilesystemError as error:
+                if error.kind is not Kind.BUSY:
+                    raise
+                paused = "paused" in self._fs.space().exclusive_operation
+                if paused or time.monotonic() >= until:
+                    hint = "; cancel the paused balance first" if paused else ""
+                    raise FilesystemError(error.message + hint, error.errno, Kind.BUSY) from error
+                work.stop.wait(BUSY_POLL_S)
+                continue
+            return
+
+    def _heal(self, error: FilesystemError) -> str:
+        """After a shrink that found no room the kernel may refuse writes that fit; a resize by a sector cures it."""
+        if self._fs.space().read_only:
+            return "; the kernel has forced the filesystem read-only: back up, unmount and check it"
+        if error.errno != errno.ENOSPC:
+            return ""
+        size = self._fs.size()
+        try:
+            self._resizer.resize(size - SECTOR)
+            self._resizer.resize(size)
+        except FilesystemError:
+            return ""  # the topmost extent touches the end: nothing to cure it with
+        return ""

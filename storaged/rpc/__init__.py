@@ -1,0 +1,1 @@
+"""The front: gRPC services that decode, call the house and encode."""

@@ -1,0 +1,67 @@
+"""`vm_tools.Maitred`: decode, call, encode. What a method means is in the storage engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from storaged.core.model import Told
+from storaged.errors import InvalidRequest
+from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
+from storaged.runtime import StorageService
+
+log = logging.getLogger(__name__)
+Context = Any
+
+
+class Maitred(vm_guest_pb2_grpc.MaitredServicer):
+    """The storage half of the contract; every other method answers UNIMPLEMENTED."""
+
+    def __init__(self, storage: StorageService) -> None:
+        self._storage = storage
+
+    async def UpdateStorageBalloon(
+        self, request: vm_guest_pb2.UpdateStorageBalloonRequest, context: Context
+    ) -> vm_guest_pb2.UpdateStorageBalloonResponse:
+        try:
+            told = Told(request.state)
+        except ValueError:
+            raise InvalidRequest(f"state {request.state} is none of DISK_NONE 0 to DISK_CRITICAL 3") from None
+        reason = await self._storage.report(told, request.free_space_bytes)
+        result = vm_guest_pb2.BALLOON_INFLATE_FAILED if reason else vm_guest_pb2.SUCCESS
+        return vm_guest_pb2.UpdateStorageBalloonResponse(result=result)
+
+    async def ResizeFilesystem(
+        self, request: vm_guest_pb2.ResizeFilesystemRequest, context: Context
+    ) -> vm_guest_pb2.ResizeFilesystemResponse:
+        started = await self._storage.resize(request.size)
+        status = vm_guest_pb2.ResizeFilesystemResponse
+        return status(status=status.STARTED if started else status.ALREADY_IN_PROGRESS)
+
+    async def GetResizeStatus(
+        self, request: common_pb2.EmptyMessage, context: Context
+    ) -> vm_guest_pb2.GetResizeStatusResponse:
+        current = self._storage.current_size()
+        job = self._storage.snapshot.state.job
+        return vm_guest_pb2.GetResizeStatusResponse(
+            resize_in_progress=job is not None and job.active,
+            current_size=current,
+            target_size=job.requested if job is not None else current,
+        )
+
+    async def GetResizeBounds(
+        self, request: common_pb2.EmptyMessage, context: Context
+    ) -> vm_guest_pb2.GetResizeBoundsResponse:
+        return vm_guest_pb2.GetResizeBoundsResponse(minimum_size=(await self._storage.bounds()).minimum)
+
+    async def GetAvailableSpace(
+        self, request: common_pb2.EmptyMessage, context: Context
+    ) -> vm_guest_pb2.GetAvailableSpaceResponse:
+        return vm_guest_pb2.GetAvailableSpaceResponse(available_space=await self._storage.available())
+
+    async def GetKernelVersion(
+        self, request: common_pb2.EmptyMessage, context: Context
+    ) -> vm_guest_pb2.GetKernelVersionResponse:
+        kernel = os.uname()
+        return vm_guest_pb2.GetKernelVersionResponse(kernel_release=kernel.release, kernel_version=kernel.version)

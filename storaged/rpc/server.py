@@ -1,0 +1,137 @@
+"""The gRPC server: which services, on which addresses, with which limits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from storaged.addresses import Address, TcpAddress, UnixAddress
+from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.rpc.extension import Storage
+from storaged.rpc.interceptors import StatusInterceptor
+from storaged.rpc.maitred import Maitred
+from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
+from storaged.runtime import StorageService
+
+MOST_CALLS = 512
+MOST_MESSAGE = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files: our certificate and key, and the authority that must have signed the clients' certificates."""
+
+    certificate: str
+    key: str
+    client_authority: str
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """What gRPC needs. Raises ConfigError when a file cannot be read."""
+        contents = []
+        for path in (self.key, self.certificate, self.client_authority):
+            try:
+                with open(path, "rb") as file:
+                    contents.append(file.read())
+            except OSError as error:
+                raise ConfigError(f"TLS file {path}: {error.strerror}") from error
+        return grpc.ssl_server_credentials(
+            [(contents[0], contents[1])], root_certificates=contents[2], require_client_auth=True
+        )
+
+
+class Server:
+    """One gRPC server on any number of addresses."""
+
+    def __init__(self, storage: StorageService) -> None:
+        self._server = grpc.aio.server(
+            interceptors=[StatusInterceptor()],
+            maximum_concurrent_rpcs=MOST_CALLS,
+            options=[
+                ("grpc.so_reuseport", 0),  # a second daemon on our port is an error, not a share of the calls
+                ("grpc.max_receive_message_length", MOST_MESSAGE),
+                ("grpc.max_concurrent_streams", MOST_CALLS),
+            ],
+        )
+        maitred = Maitred(storage)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+        vm_guest_pb2_grpc.add_MaitredServicer_to_server(maitred, self._server)
+        storaged_v1_pb2_grpc.add_StorageServicer_to_server(Storage(storage), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._names = (
+            vm_guest_pb2.DESCRIPTOR.services_by_name["Maitred"].full_name,
+            storaged_v1_pb2.DESCRIPTOR.services_by_name["Storage"].full_name,
+        )
+        reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._sockets: list[str] = []
+
+    async def start(
+        self, addresses: Sequence[Address], *, tls: Tls | None = None, insecure: bool = False
+    ) -> list[Address]:
+        """Serve on `addresses`; the addresses with the ports that were chosen for port 0. Raises StoragedError."""
+        bound = [self._bind(address, tls, insecure) for address in addresses]
+        await self._server.start()
+        for name in ("", *self._names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return bound
+
+    def _bind(self, address: Address, tls: Tls | None, insecure: bool) -> Address:
+        try:
+            if isinstance(address, UnixAddress):
+                return self._bind_unix(address)
+            if isinstance(address, TcpAddress):
+                if tls is not None:
+                    port = self._server.add_secure_port(f"{address.host}:{address.port}", tls.credentials())
+                elif insecure and address.loopback:
+                    port = self._server.add_insecure_port(f"{address.host}:{address.port}")
+                else:
+                    raise ConfigError(
+                        f"{address} needs TLS with client certificates (--tls-cert, --tls-key, --tls-client-ca),"
+                        " unless it is a loopback address and --insecure is given"
+                    )
+                return TcpAddress(address.host, port)
+        except RuntimeError as error:
+            raise StoragedError(f"cannot listen on {address}: {error}", Kind.UNAVAILABLE) from error
+        raise ConfigError(f"{address}: listening on vsock is not built yet; use unix: or tcp:")
+
+    def _bind_unix(self, address: UnixAddress) -> Address:
+        if _somebody_listens(address.path):
+            raise StoragedError(f"{address} is served by another process", Kind.BUSY)
+        mask = os.umask(0o177)  # the socket is ours alone from the moment it exists
+        try:
+            self._server.add_insecure_port(f"unix:{address.path}")
+        finally:
+            os.umask(mask)
+        self._sockets.append(address.path)
+        return address
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, let running ones finish within `grace_s`."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+        for path in self._sockets:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _somebody_listens(path: str) -> bool:
+    """True when a process answers there; raises ConfigError when something else than a socket is in the way."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(f"unix:{path}: there is already something that is not a socket")
+    except FileNotFoundError:
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,16 @@
+"""The ports in memory, with faults: powers tests, `--sim` and the fleet simulation."""
+
+from storaged.sim.disk import SimBalloonFile, SimDisk, SimFilesystem, SimResizer
+from storaged.sim.system import MemoryJournal, SimClock, SimSysctl
+from storaged.sim.world import make_world
+
+__all__ = [
+    "MemoryJournal",
+    "SimBalloonFile",
+    "SimClock",
+    "SimDisk",
+    "SimFilesystem",
+    "SimResizer",
+    "SimSysctl",
+    "make_world",
+]

@@ -1,0 +1,29 @@
+"""What every test may rely on, and which tests this machine cannot run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+
+@cache
+def why_no_btrfs() -> str:
+    """Why tests on a real btrfs cannot run here; empty when they can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if not Path("/dev/loop-control").exists():
+        return "needs loop devices (/dev/loop-control)"
+    missing = [tool for tool in ("mkfs.btrfs", "losetup", "mount", "umount") if shutil.which(tool) is None]
+    if missing:
+        return f"needs {', '.join(missing)}"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("btrfs") and (reason := why_no_btrfs()):
+            item.add_marker(pytest.mark.skip(reason=f"btrfs: {reason}"))

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs the tests: first those that may run side by side, then, one at a time, those that need a real btrfs.
+#   tools/test.sh [PYTEST ARGS...]
+# JOBS=N processes for the first part. LONG=1 runs the slow ones too.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+and_not_slow=" and not slow"
+if [[ -n ${LONG:-} ]]; then and_not_slow=; fi
+failed=0
+
+# part NAME MARKERS ARGS...: every part runs, whatever the ones before it said.
+part() {
+    local name=$1 markers=$2 status=0
+    shift 2
+    echo "test: $name"
+    .venv/bin/python -m pytest -q -m "$markers" "$@" || status=$?
+    if ((status == 5)); then
+        echo "test: no such test here"
+    elif ((status)); then
+        failed=1
+    fi
+    if ((status == 2)); then exit 2; fi # interrupted
+}
+
+part "without a real filesystem" "not btrfs$and_not_slow" -n "${JOBS:-2}" "$@"
+part "on btrfs, one at a time" "btrfs$and_not_slow" "$@"
+if [[ -z ${LONG:-} ]]; then echo "test: left out the slow tests; \`make test-long\` runs them"; fi
+exit "$failed"
