@@ -334,7 +334,7 @@ class StorageService:
             case ev.RestoreDirtyLimits(limits):
                 await self._in("upkeep", world.sysctl.set_dirty_limits, limits)
             case ev.StartResize(job):
-                self._spawn(self._in("resize", self._runner.run, job, self._tell))
+                self._spawn(self._in("resize", self._runner.run, job, self._tell, self._settle_after_job))
             case ev.CancelResize():
                 self._spawn(self._in("upkeep", self._runner.cancel))
             case ev.Sync():
@@ -421,7 +421,7 @@ class StorageService:
     def _read_bounds(self) -> Bounds:
         with self._engine.lock:
             self._world.filesystem.sync()  # chunk usage is true only after a commit
-            return compute(self._engine.layout())
+            return compute(self._engine.layout(), self._engine.longest())
 
     async def _facts(self, size: int) -> ev.Facts:
         job = self._state.active_job
@@ -452,6 +452,16 @@ class StorageService:
             return Remembered()
 
     # --- plumbing ---------------------------------------------------------------------------------------------
+
+    def _settle_after_job(self) -> None:
+        """From the resize thread: the balloon is right again before the host hears that the job is over."""
+        limit = self._state.balloon.limit
+        if limit is None:
+            return
+        try:
+            self._engine.hold(limit)
+        except (StoragedError, OSError) as error:
+            log.info("the balloon comes back later: %s", error)  # the job's end makes the core try again
 
     def _tell(self, event: ev.Event) -> None:
         """From the resize thread."""

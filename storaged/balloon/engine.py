@@ -5,15 +5,17 @@ Blocking; run it off the event loop. One lock serialises it with the resize runn
 
 from __future__ import annotations
 
+import bisect
 import errno
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from storaged.balloon import target
 from storaged.core.model import Space
 from storaged.core.ports import BalloonFile, Filesystem
 from storaged.errors import FilesystemError, Kind
-from storaged.resize.bounds import Chunk, Layout, with_balloon
+from storaged.resize.bounds import Chunk, Layout, Longest, with_balloon
 from storaged.units import MIB, SECTOR, format_size
 
 MOST_MOVES = 64
@@ -102,14 +104,52 @@ class BalloonEngine:
         layout = self._fs.layout()
         if not self._balloon.size():
             return layout
-        return Layout(layout.size, layout.device, with_balloon(layout.chunks, self._balloon.extents()))
+        return replace(layout, chunks=with_balloon(layout.chunks, self._balloon.extents()))
 
-    def vacate(self, chunks: tuple[Chunk, ...]) -> int:
+    def longest(self) -> Longest:
+        """A function that tells the longest extent of a chunk that is not the balloon's."""
+        ours = sorted(self._balloon.extents())
+        starts = [start for start, _ in ours]
+
+        def longest(chunk: Chunk) -> int:
+            most = 0
+            for start, length in self._fs.data_extents(chunk.logical, chunk.length):
+                index = bisect.bisect_right(starts, start) - 1
+                if index >= 0 and start < ours[index][0] + ours[index][1]:
+                    continue
+                most = max(most, length)
+            return most
+
+        return longest
+
+    def yield_room(self, size: int, chunks: Iterable[Chunk]) -> int:
+        """Give at least `size` bytes of `chunks` back for what moves there, in the longest pieces; bytes given.
+
+        Whole extents go. One that is just long enough is better than a longer one: others could take the rest.
+        """
+        with self.lock:
+            ranges = [(chunk.logical, chunk.logical + chunk.length) for chunk in chunks if chunk.balloon]
+            pieces = sorted(
+                (length, start) for start, length in self._balloon.extents() if any(a <= start < b for a, b in ranges)
+            )
+            enough = [piece for piece in pieces if piece[0] >= size]
+            given = 0
+            for length, start in [enough[0]] if enough else reversed(pieces):
+                if given >= size:
+                    break
+                given += self._balloon.vacate([(start, length)])
+            self.deflated_total += given
+            if given:
+                self._fs.sync()
+            return given
+
+    def vacate(self, chunks: Iterable[Chunk]) -> int:
         """Let the balloon go out of `chunks`, for a resize that is about to cut them away; bytes given back."""
         with self.lock:
             given = self._balloon.vacate([(chunk.logical, chunk.length) for chunk in chunks])
             self.deflated_total += given
-            self._fs.sync()
+            if given:
+                self._fs.sync()
             return given
 
     def _release(self) -> Held:
@@ -131,8 +171,10 @@ class BalloonEngine:
             held = self._balloon.size()
             by = min(target.next_move(space, held, limit).by, most)
             self.target = max(held + goal_gap(space, limit), 0)
-            if by > 0:
-                _refuse_if_busy(space)
+            if by > 0 and space.exclusive_operation != "none":
+                if space.available <= target.ceiling(space, limit):
+                    break
+                raise _busy(space)
             if by == 0 or most < SECTOR:
                 break
             if not ready:
@@ -197,12 +239,10 @@ class BalloonEngine:
             self._fs.sync()  # no room even for that: the next commit wakes the kernel's cleaner
 
 
-def _refuse_if_busy(space: Space) -> None:
-    """Nothing may be taken while the kernel moves chunks about: it would be copied, which writes to the host."""
-    if space.exclusive_operation != "none":
-        raise FilesystemError(
-            f"the kernel is busy with an exclusive operation ({space.exclusive_operation})", errno.EBUSY, Kind.BUSY
-        )
+def _busy(space: Space) -> FilesystemError:
+    """Nothing is taken while the kernel moves chunks about: it would be copied, which writes to the host."""
+    text = f"the kernel is busy with an exclusive operation ({space.exclusive_operation})"
+    return FilesystemError(text, errno.EBUSY, Kind.BUSY)
 
 
 def goal_gap(space: Space, limit: int) -> int:

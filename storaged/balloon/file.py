@@ -15,7 +15,7 @@ import stat
 
 import btrfsutil
 
-from storaged.btrfs import ioctl
+from storaged.btrfs import ioctl, search
 from storaged.btrfs.filesystem import kernel
 from storaged.errors import FilesystemError, Kind
 
@@ -86,6 +86,7 @@ class BtrfsBalloonFile:
             os.close(fd)
             raise self._foreign("the balloon is not a plain file")
         self._fd = fd
+        self._subvolume: int = btrfsutil.subvolume_id(fd)
 
     def _open(self) -> int:
         """The file's descriptor; subvolume and file are made when they are first needed."""
@@ -116,37 +117,35 @@ class BtrfsBalloonFile:
 
     def extend(self, size: int) -> None:
         fd = self._open()
-        extents = ioctl.file_extents(fd)
+        extents = self._extents()
         end = extents[-1][0] + extents[-1][2] if extents else 0
         with kernel(f"taking {size} bytes for the balloon"):
             ioctl.fallocate(fd, ioctl.FALLOC_FL_KEEP_SIZE, end, size)
 
     def shrink(self, size: int) -> None:
-        if self._fd < 0:
-            return
-        for offset, _, length in reversed(ioctl.file_extents(self._fd)):
+        for offset, _, length in reversed(self._extents()):
             if size <= 0:
                 return
-            cut = min(size, length)
-            self._punch(offset + length - cut, cut)
-            size -= cut
+            self._punch(offset, length)
+            size -= length
 
     def extents(self) -> list[tuple[int, int]]:
-        if self._fd < 0:
-            return []
-        return [(address, length) for _, address, length in ioctl.file_extents(self._fd)]
+        return [(address, length) for _, address, length in self._extents()]
 
     def vacate(self, ranges: list[tuple[int, int]]) -> int:
-        if self._fd < 0:
-            return 0
         given = 0
-        for offset, address, length in ioctl.file_extents(self._fd):
-            for start, span in ranges:
-                first, last = max(address, start), min(address + length, start + span)
-                if first < last:
-                    self._punch(offset + first - address, last - first)
-                    given += last - first
+        for offset, address, length in self._extents():
+            if any(start < address + length and address < start + span for start, span in ranges):
+                self._punch(offset, length)
+                given += length
         return given
+
+    def _extents(self) -> list[tuple[int, int, int]]:
+        """As they lie on the disk: a hole in a part of an extent would give nothing back."""
+        if self._fd < 0:
+            return []
+        with kernel("reading the balloon's extents"):
+            return search.file_extents(self._fd, self._subvolume, os.fstat(self._fd).st_ino)
 
     def _punch(self, offset: int, length: int) -> None:
         with kernel(f"giving {length} bytes of the balloon back"):

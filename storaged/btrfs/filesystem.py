@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import btrfs
 from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYSTEM
 
-from storaged.btrfs import ioctl
+from storaged.btrfs import ioctl, search
 from storaged.core.model import Space
 from storaged.errors import FilesystemError, Kind, Unsupported
 from storaged.resize.bounds import Chunk, Layout
@@ -140,6 +141,7 @@ class BtrfsFilesystem:
         with kernel("reading the chunk layout"):
             used = {group.vaddr: group.used for group in self._fs.block_groups()}
             device = self._fs.dev_info(self.devid)
+            rooms = self._rooms(used)
             chunks = tuple(
                 Chunk(
                     logical=chunk.vaddr,
@@ -149,10 +151,31 @@ class BtrfsFilesystem:
                     kind=_kind(chunk.type),
                     stripes=tuple(stripe.offset for stripe in chunk.stripes),
                     stripe_length=chunk.length,  # single and DUP: a stripe is as long as the chunk
+                    rooms=tuple(rooms.get(chunk.vaddr, ())) if chunk.type & BLOCK_GROUP_DATA else (),
                 )
                 for chunk in self._fs.chunks()
             )
-        return Layout(device.total_bytes, self.device_size(), chunks)
+            return Layout(
+                device.total_bytes,
+                self.device_size(),
+                chunks,
+                self._number("allocation/global_rsv_size"),
+                self._chunk_size("allocation/mixed" if self._mixed else "allocation/metadata"),
+            )
+
+    def _rooms(self, starts: Iterable[int]) -> dict[int, list[int]]:
+        """Lengths of the pieces of free room by the chunk they lie in; none without a free space tree."""
+        ordered = sorted(starts)
+        rooms: dict[int, list[int]] = {start: [] for start in ordered}
+        for start, length in search.free_extents(self.fd):
+            index = bisect.bisect_right(ordered, start) - 1
+            if index >= 0:
+                rooms[ordered[index]].append(length)
+        return rooms
+
+    def data_extents(self, start: int, length: int) -> list[tuple[int, int]]:
+        with kernel("reading the extents of a chunk"):
+            return list(search.data_extents(self.fd, start, length))
 
     def size(self) -> int:
         size: int = self._fs.dev_info(self.devid).total_bytes

@@ -27,6 +27,9 @@ class Filesystem(Protocol):
     def layout(self) -> Layout:
         """Every chunk and where it lies, without the balloon's share."""
 
+    def data_extents(self, start: int, length: int) -> list[tuple[int, int]]:
+        """(logical start, length) of every data extent in the range, as of the last commit."""
+
     def size(self) -> int:
         """Bytes the filesystem has; microseconds, never blocks."""
 
@@ -65,13 +68,13 @@ class BalloonFile(Protocol):
         """Take `size` more bytes: all or nothing. errno ENOSPC or EDQUOT when that cannot be."""
 
     def shrink(self, size: int) -> None:
-        """Give `size` bytes back, from the end."""
+        """Give at least `size` bytes back, whole extents from the end; they are free after the next commit."""
 
     def extents(self) -> list[tuple[int, int]]:
-        """(logical start, length) of every extent."""
+        """(logical start, length) of every extent as it lies on the disk; an extent goes only as a whole."""
 
     def vacate(self, ranges: list[tuple[int, int]]) -> int:
-        """Give back every extent that begins inside one of the logical (start, length) ranges; bytes given."""
+        """Give back every extent that touches one of the logical (start, length) ranges; bytes given."""
 
     def remove(self) -> None:
         """Give everything back and leave no trace."""

@@ -1,20 +1,35 @@
 """How small a filesystem can get, from a picture of its device: pure arithmetic, no filesystem touched.
 
-Two numbers: the *guaranteed* size needs no byte of anybody's data to move; the *reachable* one is what
-evacuation, chunk by chunk, gets to. The first is answered to hosts; the second has its place here.
+Two numbers. The *guaranteed* size is the top of what anybody but the balloon holds: nothing has to move. The
+*reachable* one is how far evacuation gets, chunk by chunk from the top, each of them moved by the kernel into the
+room below. It is promised only where the kernel cannot fail, whatever order it works in:
+
+- The kernel moves a data extent only into one piece of free room that is as long. If `longest` is the longest extent
+  that has to move, then as long as any piece of room is at least that long, the next extent fits. So when an extent
+  does not fit, every piece `p` of room has already taken more than `p - longest`: room for the sum of
+  `p - longest` bytes is certain (`certain_room`).
+- Metadata moves in nodes, so any room in the metadata chunks that stay will do, with a margin for the copies that
+  the work itself makes; or a hole for a whole new chunk.
+
+A used plus a margin does not do: of all such formulas that were measured, each sometimes failed, and a failure of
+metadata can leave the filesystem read-only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from storaged.units import MIB, sector_ceil
+from storaged.units import GIB, MIB, SECTOR, sector_ceil
 
 KERNEL_MINIMUM = 256 * MIB
 """BTRFS_IOC_RESIZE refuses less (fs/btrfs/ioctl.c, btrfs_ioctl_resize)."""
 FIRST_USABLE = MIB
 """No chunk lies in the first MiB of a device (BTRFS_DEVICE_RANGE_RESERVED)."""
+METADATA_MARGIN = 32 * MIB
+"""Metadata room beyond what moves, for the copies the move itself makes."""
+SYSTEM_CHUNK = 32 * MIB
+"""The largest new system chunk (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +47,10 @@ class Chunk:
     kind: str  # data, metadata, system or mixed
     stripes: tuple[int, ...]
     stripe_length: int
+    rooms: tuple[int, ...] = ()
+    """Lengths of the pieces of free room in it; data chunks only."""
+    balloon_rooms: tuple[int, ...] = ()
+    """Lengths of the balloon's pieces in it: room as well, once the balloon gives it up."""
 
     @property
     def top(self) -> int:
@@ -43,6 +62,11 @@ class Chunk:
         """True when nothing but the balloon holds it, so that it goes without a byte being moved."""
         return self.kind == "data" and self.used <= self.balloon
 
+    @property
+    def held(self) -> int:
+        """Bytes that have to move when it goes."""
+        return max(self.used - self.balloon, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -51,6 +75,16 @@ class Layout:
     size: int
     device: int
     chunks: tuple[Chunk, ...]
+    global_reserve: int = 0
+    metadata_chunk: int = 256 * MIB
+
+    def as_it_is(self) -> Layout:
+        """The same, with room only where nobody holds it now, not even the balloon."""
+        return replace(self, chunks=tuple(replace(chunk, balloon_rooms=()) for chunk in self.chunks))
+
+
+Longest = Callable[[Chunk], int]
+"""The longest extent of a chunk that is not the balloon's, in bytes; asked for only where it matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,66 +96,168 @@ class Bounds:
     why: str
 
 
-def compute(layout: Layout) -> Bounds:
-    """Bounds of `layout`: the top of what holds anything but the balloon, a sector up, at least 256 MiB."""
+def guaranteed(layout: Layout) -> Bounds:
+    """The bound below which something has to move: a sector up, at least 256 MiB."""
     holders = [chunk for chunk in layout.chunks if not chunk.vacant]
     top = max(holders, key=lambda chunk: chunk.top, default=None)
     if top is None or top.top <= KERNEL_MINIMUM:
         return Bounds(KERNEL_MINIMUM, KERNEL_MINIMUM, "the kernel resizes no filesystem below 256 MiB")
-    guaranteed = sector_ceil(top.top)
-    why = f"a {top.kind} chunk with {top.used - top.balloon} bytes in use ends at {top.top} on the device"
-    return Bounds(guaranteed, guaranteed, why)
+    size = sector_ceil(top.top)
+    return Bounds(size, size, f"a {top.kind} chunk with {top.held} bytes in use ends at {top.top} on the device")
+
+
+def compute(layout: Layout, longest: Longest) -> Bounds:
+    """Both bounds of `layout`. Not monotone in between: a smaller size may be certain where a larger one is not."""
+    sure = guaranteed(layout)
+    best, why = sure.minimum, sure.why
+    ordered = sorted(layout.chunks, key=lambda chunk: chunk.top, reverse=True)
+    reach = 0
+    blocked = ""
+    for count in range(1, len(ordered) + 1):
+        moving, staying = ordered[:count], ordered[count:]
+        if moving[-1].top <= KERNEL_MINIMUM:
+            break
+        size = max(sector_ceil(staying[0].top) if staying else 0, KERNEL_MINIMUM)
+        if moving[-1].held and moving[-1].kind == "data":
+            reach = max(reach, longest(moving[-1]))
+        reason = obstacle(layout, moving, staying, size, reach)
+        if not reason:
+            best = min(best, size)
+        elif size < best:
+            blocked = blocked or reason
+            if sum(c.held for c in moving if c.kind == "data") > _most_room(staying, size):
+                break  # going further only makes it worse
+    if blocked:
+        why = blocked
+    elif best == KERNEL_MINIMUM:
+        why = "the kernel resizes no filesystem below 256 MiB"
+    return Bounds(best, sure.guaranteed, why)
+
+
+def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int, longest: int) -> str:
+    """Why `moving` might not fit below `size` beside `staying`; empty when it is certain to."""
+    top = moving[-1]
+    where = f"{top.kind} chunk at {top.top - top.stripe_length}"
+    if any(chunk.kind not in ("data", "metadata", "system") for chunk in moving if not chunk.vacant):
+        return f"{where} cannot move: it mixes data and metadata"
+    room = sorted(holes(staying, size), reverse=True)
+    for needed in _wanted_holes(layout, moving, staying):
+        if not room or room[0] < needed:
+            return f"{where} cannot move: no hole of {needed} bytes for a new metadata or system chunk"
+        room = sorted([room[0] - needed, *room[1:]], reverse=True)
+    data = sum(chunk.held for chunk in moving if chunk.kind == "data")
+    if data:
+        pieces = [piece for chunk in staying if chunk.kind == "data" for piece in (*chunk.rooms, *chunk.balloon_rooms)]
+        pieces += _new_chunks(room, size)
+        certain = certain_room(pieces, longest)
+        if data > certain:
+            return (
+                f"{where} cannot move: {data} bytes lie above {size}, and room for only {certain} is certain"
+                f" below it (the longest extent has {longest})"
+            )
+    return ""
+
+
+def certain_room(pieces: Iterable[int], longest: int) -> int:
+    """Bytes of extents up to `longest` that are sure to fit into `pieces`, whatever the order."""
+    return sum(piece - longest + SECTOR for piece in pieces if piece >= longest)
+
+
+def holes(staying: Iterable[Chunk], size: int) -> list[int]:
+    """Lengths of what is not allocated below `size`, lowest first."""
+    found = []
+    at = FIRST_USABLE
+    for start, end in sorted((stripe, stripe + chunk.stripe_length) for chunk in staying for stripe in chunk.stripes):
+        if start >= size:
+            break
+        if start > at:
+            found.append(start - at)
+        at = max(at, end)
+    if size > at:
+        found.append(size - at)
+    return found
+
+
+def _most_room(staying: Iterable[Chunk], size: int) -> int:
+    staying = list(staying)
+    return sum(sum(c.rooms) + sum(c.balloon_rooms) for c in staying if c.kind == "data") + sum(holes(staying, size))
+
+
+def _new_chunks(room: Iterable[int], size: int) -> list[int]:
+    """The data chunks the kernel can make in holes of these lengths: a tenth of the filesystem, at most 1 GiB."""
+    chunk = max(min(GIB, size // 10) // 65536 * 65536, 65536)
+    pieces = []
+    for hole in room:
+        whole, rest = divmod(hole // 65536 * 65536, chunk)
+        pieces += [chunk] * whole + ([rest] if rest >= MIB else [])
+    return pieces
+
+
+def _wanted_holes(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk]) -> list[int]:
+    """Holes that new metadata and system chunks may need, in bytes of the device."""
+    wanted = []
+    metadata = [chunk for chunk in moving if chunk.kind == "metadata"]
+    kept = [chunk for chunk in staying if chunk.kind == "metadata"]
+    free = sum(chunk.length - chunk.used for chunk in kept)
+    short = sum(chunk.used for chunk in metadata) + layout.global_reserve + METADATA_MARGIN - free
+    if short > 0 and (metadata or any(chunk.held for chunk in moving)):
+        copies = max((len(chunk.stripes) for chunk in (*metadata, *kept)), default=1)
+        one = max(min(layout.metadata_chunk, layout.size // 10), MIB)
+        wanted += [copies * one + 16 * MIB] * -(-short // one)
+    for chunk in moving:
+        if chunk.kind == "system":
+            wanted.append(len(chunk.stripes) * max(SYSTEM_CHUNK, chunk.length))
+    return wanted
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call of the kernel's resize: first let the balloon go out of `vacate`, then cut to `size`."""
+    """One call of the kernel's resize: let the balloon go out of `vacate`, then cut to `size`, moving `moves` bytes."""
 
     size: int
     vacate: tuple[Chunk, ...]
     moves: int
+    blocked: str = ""
+    """Why the call is not certain to succeed; it must not be made then."""
 
 
-def plan_shrink(layout: Layout, target: int) -> tuple[Step, ...]:
-    """The calls that take `layout` to `target`, each freeing at most one chunk that the balloon holds.
+def next_step(layout: Layout, target: int, longest: Longest) -> Step:
+    """The next call on the way to `target`: the topmost chunk that holds anything, and what is empty around it.
 
-    One chunk at a time keeps what applications may write from jumping: the room that the balloon gives up is
-    cut away by the same step. `target` must not be below the guaranteed bound; raises ValueError if it is.
+    One chunk at a time is durable, can be cancelled, and keeps what applications may write from jumping: the room
+    that the balloon gives up is cut away by the same step.
     """
-    minimum = compute(layout).guaranteed
-    if target < minimum:
-        raise ValueError(f"target {target} is below the guaranteed bound {minimum}")
-    steps: list[Step] = []
-    above = sorted((c for c in layout.chunks if c.top > target), key=lambda c: c.top, reverse=True)
-    held = [chunk for chunk in above if chunk.balloon]
-    for index, chunk in enumerate(held):
-        # Everything above this chunk's lowest stripe must be gone or empty by then; the next balloon chunk
-        # starts the next step.
-        floor = held[index + 1].top if index + 1 < len(held) else target
-        steps.append(Step(max(sector_ceil(floor), target), (chunk,), 0))
-    if not steps or steps[-1].size != target:
-        steps.append(Step(target, (), 0))
-    return tuple(steps)
+    ordered = sorted(
+        (c for c in layout.chunks if c.used or c.kind != "data"), key=lambda chunk: chunk.top, reverse=True
+    )
+    if not ordered or ordered[0].top <= target:
+        return Step(target, (), 0)
+    chunk = ordered[0]
+    size = max(sector_ceil(ordered[1].top) if len(ordered) > 1 else 0, target)
+    if chunk.vacant:
+        return Step(size, (chunk,), 0)
+    reach = longest(chunk) if chunk.kind == "data" else 0
+    staying = [other for other in layout.chunks if other.top <= size and other is not chunk]
+    return Step(size, (chunk,) if chunk.balloon else (), chunk.held, obstacle(layout, [chunk], staying, size, reach))
 
 
-def balloon_above(layout: Layout, target: int) -> int:
-    """Bytes of the balloon in chunks that reach above `target`."""
-    return sum(chunk.balloon for chunk in layout.chunks if chunk.top > target)
+def left_to_move(layout: Layout, target: int) -> int:
+    """Bytes that lie in chunks reaching above `target`."""
+    return sum(chunk.held for chunk in layout.chunks if chunk.top > target)
 
 
 def with_balloon(chunks: Iterable[Chunk], extents: Iterable[tuple[int, int]]) -> tuple[Chunk, ...]:
     """`chunks` with the balloon's `extents`, pairs of (logical start, length), counted into them."""
     ordered = sorted(chunks, key=lambda chunk: chunk.logical)
-    held = [0] * len(ordered)
+    pieces: list[list[int]] = [[] for _ in ordered]
     index = 0
     for start, length in sorted(extents):
-        # FIEMAP merges neighbours, so one extent may run over several chunks.
-        end = start + length
+        # An extent lies in one chunk: no data extent crosses a block group.
         while index < len(ordered) and ordered[index].logical + ordered[index].length <= start:
             index += 1
-        at = index
-        while at < len(ordered) and ordered[at].logical < end:
-            chunk = ordered[at]
-            held[at] += max(min(end, chunk.logical + chunk.length) - max(start, chunk.logical), 0)
-            at += 1
-    return tuple(replace(chunk, balloon=min(share, chunk.used)) for chunk, share in zip(ordered, held, strict=True))
+        if index < len(ordered) and ordered[index].logical <= start:
+            pieces[index].append(length)
+    return tuple(
+        replace(chunk, balloon=min(sum(held), chunk.used), balloon_rooms=tuple(held))
+        for chunk, held in zip(ordered, pieces, strict=True)
+    )

@@ -16,14 +16,16 @@ from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
 from storaged.core.ports import Clock, Filesystem, Resizer
 from storaged.errors import FilesystemError, Kind, StoragedError
-from storaged.resize.bounds import compute, plan_shrink
+from storaged.resize.bounds import Step, left_to_move, next_step
 from storaged.resize.job import Job
-from storaged.units import SECTOR, sector_floor
+from storaged.units import MIB, SECTOR, sector_floor
 
 POLL_S = 0.1
 BUSY_WAIT_S = 30.0
 """How long to wait for the kernel's own chunk reclaim to let go of the exclusive slot."""
 BUSY_POLL_S = 0.2
+YIELD_MORE = 16 * MIB
+"""Room the balloon gives up beyond what moves, for what does not fit together exactly."""
 
 Tell = Callable[[ev.JobPrepared | ev.JobProgressed | ev.JobEnded], None]
 
@@ -55,8 +57,11 @@ class ResizeRunner:
         self._poll_s = poll_s
         self._stop: threading.Event | None = None
 
-    def run(self, job: Job, tell: Tell) -> None:
-        """Do the job's work; returns after JobEnded was told, whatever happened."""
+    def run(self, job: Job, tell: Tell, settle: Callable[[], None]) -> None:
+        """Do the job's work; returns after JobEnded was told, whatever happened.
+
+        `settle` is called before that, to bring the balloon back to the size the host is owed.
+        """
         stop = threading.Event()
         work = _Work(job, tell, stop, self._resizer.written())
         self._stop = stop
@@ -78,6 +83,7 @@ class ResizeRunner:
             outcome, reason = ev.Outcome.FAILED, str(error)
         finally:
             self._stop = None
+        settle()
         tell(
             ev.JobEnded(
                 job.id,
@@ -110,49 +116,63 @@ class ResizeRunner:
         self._call(work, work.job.requested)
 
     def _shrink(self, work: _Work) -> None:
-        job = work.job
-        with self._balloon.lock:
-            self._fs.sync()
-            layout = self._balloon.layout()
-            bounds = compute(layout)
-            if job.requested < bounds.guaranteed:
-                # The guest has written since the request was judged.
-                raise FilesystemError(
-                    f"the minimum is now {bounds.guaranteed} bytes: {bounds.why}",
-                    errno.ENOSPC,
-                    Kind.OUT_OF_RANGE,
-                )
-            steps = plan_shrink(layout, sector_floor(job.requested))
-        work.tell(ev.JobPrepared(job.id))
-        to_move = sum(step.moves for step in steps)
-        for step in steps:
+        """Step by step down to the target: each step is durable, and made only when it is certain to succeed."""
+        target = sector_floor(work.job.requested)
+        moved = 0
+        size = self._fs.size()
+        while size > target:
             if work.stop.is_set():
                 raise FilesystemError("cancelled", errno.ECANCELED)
             with self._balloon.lock:
+                step, left = self._ready_step(target)
+                if size == work.job.start_size:
+                    work.tell(ev.JobPrepared(work.job.id))
                 if step.vacate:
                     self._balloon.vacate(step.vacate)
-                self._watched(work, step.size, to_move)
-            self._progress(work, step.size, to_move)
+                self._watched(work, step, moved, left)
+            moved += step.moves
+            size = step.size
+            self._progress(work, size, moved, moved + left - step.moves)
 
-    def _watched(self, work: _Work, size: int, to_move: int) -> None:
+    def _ready_step(self, target: int) -> tuple[Step, int]:
+        """The next step, the balloon out of its way, and the bytes left to move; FilesystemError if not certain."""
+        while True:
+            self._fs.sync()  # usage and free room are true only after a commit
+            layout, longest = self._balloon.layout(), self._balloon.longest()
+            step = next_step(layout, target, longest)
+            if step.blocked:
+                # The guest has written since the request was judged.
+                raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
+            if not step.moves or not next_step(layout.as_it_is(), target, longest).blocked:
+                return step, left_to_move(layout, target)
+            # What moves needs room that the balloon holds: as much as is cut away, so nothing is gained by others.
+            staying = [chunk for chunk in layout.chunks if chunk.top <= step.size]
+            lowest = [chunk for chunk in staying if chunk.top <= target]
+            wanted = step.moves + YIELD_MORE
+            if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
+                raise FilesystemError("the balloon could not make room for what has to move", errno.ENOSPC)
+
+    def _watched(self, work: _Work, step: Step, moved: int, left: int) -> None:
         """Call the kernel while another thread reports how far it is."""
         done = threading.Event()
+        size = self._fs.size()  # the kernel shows the target at once, so this is read first
+        written = self._resizer.written()
 
-        before = self._fs.size()  # the kernel shows the target at once, so this is read first
-        watcher = threading.Thread(target=self._watch, args=(work, before, to_move, done), daemon=True)
+        def watch() -> None:
+            while not done.wait(self._poll_s):
+                # Between chunks the thread's own writes are the signal; never more than the chunk held.
+                within = min(max(self._resizer.written() - written, 0), step.moves)
+                self._progress(work, size, moved + within, moved + left)
+
+        watcher = threading.Thread(target=watch, name="resize watch", daemon=True)
         watcher.start()
         try:
-            self._call(work, size)
+            self._call(work, step.size)
         finally:
             done.set()
             watcher.join()
 
-    def _watch(self, work: _Work, size: int, to_move: int, done: threading.Event) -> None:
-        while not done.wait(self._poll_s):
-            self._progress(work, size, to_move)
-
-    def _progress(self, work: _Work, size: int, to_move: int) -> None:
-        moved = max(self._resizer.written() - work.moved_before, 0) if to_move else 0
+    def _progress(self, work: _Work, size: int, moved: int, to_move: int) -> None:
         work.tell(ev.JobProgressed(work.job.id, size, moved, to_move, self._clock.wall()))
 
     def _call(self, work: _Work, size: int) -> None:

@@ -171,10 +171,20 @@ class SimFilesystem:
                 self.disk.size,
                 self.disk.device,
                 tuple(
-                    Chunk(c.start, c.length, c.used + c.held, 0, c.kind, (c.start,), c.length)
+                    Chunk(
+                        *(c.start, c.length, c.used + c.held, 0, c.kind, (c.start,), c.length),
+                        (c.free,) if c.kind == "data" and c.free > 0 else (),
+                    )
                     for c in sorted(self.disk.chunks, key=lambda c: c.start)
                 ),
+                5 * MIB,
+                min(256 * MIB, self.disk.size // 10),
             )
+
+    def data_extents(self, start: int, length: int) -> list[tuple[int, int]]:
+        with self.disk.lock:
+            chunk = next((c for c in self.disk.chunks if c.start == start and c.length <= length), None)
+            return [(start, SECTOR)] if chunk is not None and chunk.used else []
 
     def size(self) -> int:
         return self.disk.size
