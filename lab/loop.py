@@ -168,7 +168,10 @@ def fill(path: Path, most: int | None = None, block: int = 1 << 20) -> tuple[int
     """Write a file until `most` bytes or an error; (bytes that are safely in it, errno or 0)."""
     written = 0
     buffer = os.urandom(block)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as failure:
+        return 0, failure.errno or -1
     error = 0
     try:
         while most is None or written < most:

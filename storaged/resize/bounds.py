@@ -96,66 +96,93 @@ class Bounds:
     why: str
 
 
-def guaranteed(layout: Layout) -> Bounds:
-    """The bound below which something has to move: a sector up, at least 256 MiB."""
-    holders = [chunk for chunk in layout.chunks if not chunk.vacant]
-    top = max(holders, key=lambda chunk: chunk.top, default=None)
-    if top is None or top.top <= KERNEL_MINIMUM:
-        return Bounds(KERNEL_MINIMUM, KERNEL_MINIMUM, "the kernel resizes no filesystem below 256 MiB")
-    size = sector_ceil(top.top)
-    return Bounds(size, size, f"a {top.kind} chunk with {top.held} bytes in use ends at {top.top} on the device")
-
-
 def compute(layout: Layout, longest: Longest) -> Bounds:
     """Both bounds of `layout`. Not monotone in between: a smaller size may be certain where a larger one is not."""
-    sure = guaranteed(layout)
-    best, why = sure.minimum, sure.why
     ordered = sorted(layout.chunks, key=lambda chunk: chunk.top, reverse=True)
+    best = sure = layout.size
+    why = blocked = "nothing can be cut away"
     reach = 0
-    blocked = ""
-    for count in range(1, len(ordered) + 1):
+    for count in range(len(ordered) + 1):
         moving, staying = ordered[:count], ordered[count:]
-        if moving[-1].top <= KERNEL_MINIMUM:
-            break
-        size = max(sector_ceil(staying[0].top) if staying else 0, KERNEL_MINIMUM)
-        if moving[-1].held and moving[-1].kind == "data":
+        if moving and moving[-1].held and moving[-1].kind == "data":
             reach = max(reach, longest(moving[-1]))
-        reason = obstacle(layout, moving, staying, size, reach)
-        if not reason:
-            best = min(best, size)
-        elif size < best:
-            blocked = blocked or reason
-            if sum(c.held for c in moving if c.kind == "data") > _most_room(staying, size):
-                break  # going further only makes it worse
-    if blocked:
-        why = blocked
-    elif best == KERNEL_MINIMUM:
+        size, reason = fit(layout, moving, staying, reach)
+        if size < best:
+            best, why, blocked = size, reason, ""
+        blocked = blocked or reason
+        if all(chunk.vacant for chunk in moving):
+            sure = min(sure, size)
+        if moving and moving[-1].top <= KERNEL_MINIMUM:
+            break
+        if sum(c.held for c in moving if c.kind == "data") > _most_room(staying, layout.size):
+            break  # going further only makes it worse
+    if best == KERNEL_MINIMUM:
         why = "the kernel resizes no filesystem below 256 MiB"
-    return Bounds(best, sure.guaranteed, why)
+    return Bounds(best, sure, blocked or why)
+
+
+def fit(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], longest: int) -> tuple[int, str]:
+    """The smallest size at which `moving` is certain to go in beside `staying`, and why it is not less.
+
+    That is the top of what stays, with a hole behind it where metadata would otherwise have no room to live in. The
+    present size when nothing is gained.
+    """
+    size = max(sector_ceil(max((chunk.top for chunk in staying), default=0)), KERNEL_MINIMUM)
+    if reason := obstacle(layout, moving, staying, size, longest):
+        return layout.size, reason
+    missing = _metadata_short(layout, moving, staying, size)
+    if not missing:
+        return min(size, layout.size), ""
+    reason = f"{missing} bytes stay unallocated for metadata, which could not grow otherwise"
+    size = sector_ceil(size + missing)
+    if moving and size < moving[-1].top and not obstacle(layout, moving, staying, size, longest):
+        return size, reason
+    return layout.size, reason
 
 
 def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int, longest: int) -> str:
-    """Why `moving` might not fit below `size` beside `staying`; empty when it is certain to."""
-    top = moving[-1]
-    where = f"{top.kind} chunk at {top.top - top.stripe_length}"
-    if any(chunk.kind not in ("data", "metadata", "system") for chunk in moving if not chunk.vacant):
+    """Why `moving` might not fit below `size` beside `staying`; empty when it is certain to.
+
+    Room that `moving` itself takes up below `size` is free only afterwards, so it does not count.
+    """
+    if not any(chunk.held or chunk.kind != "data" for chunk in moving):
+        return ""
+    where = f"{moving[-1].kind} chunk at {moving[-1].top - moving[-1].stripe_length}"
+    if any(chunk.kind not in ("data", "metadata", "system") for chunk in moving):
         return f"{where} cannot move: it mixes data and metadata"
-    room = sorted(holes(staying, size), reverse=True)
+    room = sorted(holes((*moving, *staying), size), reverse=True)
     for needed in _wanted_holes(layout, moving, staying):
         if not room or room[0] < needed:
             return f"{where} cannot move: no hole of {needed} bytes for a new metadata or system chunk"
         room = sorted([room[0] - needed, *room[1:]], reverse=True)
     data = sum(chunk.held for chunk in moving if chunk.kind == "data")
-    if data:
-        pieces = [piece for chunk in staying if chunk.kind == "data" for piece in (*chunk.rooms, *chunk.balloon_rooms)]
-        pieces += _new_chunks(room, size)
-        certain = certain_room(pieces, longest)
-        if data > certain:
-            return (
-                f"{where} cannot move: {data} bytes lie above {size}, and room for only {certain} is certain"
-                f" below it (the longest extent has {longest})"
-            )
+    certain = certain_room((*_rooms(staying), *_new_chunks(room, size)), longest)
+    if data > certain:
+        return (
+            f"{where} cannot move: {data} bytes lie above {size}, and room for only {certain} is certain"
+            f" below it (the longest extent has {longest})"
+        )
     return ""
+
+
+def _rooms(staying: Iterable[Chunk]) -> list[int]:
+    return [piece for chunk in staying if chunk.kind == "data" for piece in (*chunk.rooms, *chunk.balloon_rooms)]
+
+
+def _metadata_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int) -> int:
+    """Bytes of the device that metadata lacks once everything is below `size`; 0 when it can live there.
+
+    A filesystem cut down to its last metadata chunk refuses writes that statvfs promises.
+    """
+    kept = [chunk for chunk in staying if chunk.kind in ("metadata", "mixed")]
+    room = sum(chunk.length - chunk.used for chunk in kept)
+    used = sum(chunk.used for chunk in moving if chunk.kind == "metadata")
+    short = used + layout.global_reserve + metadata_margin(size) - room
+    if short <= 0:
+        return 0
+    copies = max((len(chunk.stripes) for chunk in (*moving, *kept) if chunk.kind == "metadata"), default=1)
+    taken = max(sum(c.held for c in moving if c.kind == "data") - sum(_rooms(staying)), 0)
+    return max(copies * short + MIB - max(sum(holes(staying, size)) - taken, 0), 0)
 
 
 def certain_room(pieces: Iterable[int], longest: int) -> int:
@@ -183,9 +210,14 @@ def _most_room(staying: Iterable[Chunk], size: int) -> int:
     return sum(sum(c.rooms) + sum(c.balloon_rooms) for c in staying if c.kind == "data") + sum(holes(staying, size))
 
 
+def _data_chunk(size: int) -> int:
+    """The length of a new data chunk on a filesystem of `size`: a tenth, at most 1 GiB."""
+    return max(min(GIB, size // 10) // 65536 * 65536, 65536)
+
+
 def _new_chunks(room: Iterable[int], size: int) -> list[int]:
-    """The data chunks the kernel can make in holes of these lengths: a tenth of the filesystem, at most 1 GiB."""
-    chunk = max(min(GIB, size // 10) // 65536 * 65536, 65536)
+    """The data chunks the kernel can make in holes of these lengths."""
+    chunk = _data_chunk(size)
     pieces = []
     for hole in room:
         whole, rest = divmod(hole // 65536 * 65536, chunk)
@@ -193,14 +225,20 @@ def _new_chunks(room: Iterable[int], size: int) -> list[int]:
     return pieces
 
 
+def metadata_margin(size: int) -> int:
+    """Metadata room that a filesystem of `size` bytes needs to live in: 1/64 of it, 8 to 32 MiB."""
+    return min(max(size // 64, 8 * MIB), METADATA_MARGIN)
+
+
 def _wanted_holes(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk]) -> list[int]:
-    """Holes that new metadata and system chunks may need, in bytes of the device."""
+    """Holes that new metadata and system chunks may need while `moving` moves, in bytes of the device."""
     wanted = []
     metadata = [chunk for chunk in moving if chunk.kind == "metadata"]
     kept = [chunk for chunk in staying if chunk.kind == "metadata"]
     free = sum(chunk.length - chunk.used for chunk in kept)
-    short = sum(chunk.used for chunk in metadata) + layout.global_reserve + METADATA_MARGIN - free
-    if short > 0 and (metadata or any(chunk.held for chunk in moving)):
+    margin = METADATA_MARGIN if metadata else metadata_margin(layout.size)
+    short = sum(chunk.used for chunk in metadata) + layout.global_reserve + margin - free
+    if short > 0:
         copies = max((len(chunk.stripes) for chunk in (*metadata, *kept)), default=1)
         one = max(min(layout.metadata_chunk, layout.size // 10), MIB)
         wanted += [copies * one + 16 * MIB] * -(-short // one)

@@ -1,0 +1,156 @@
+"""The gate a shrink must pass: random filesystems, each shrunk once to the size that is promised.
+
+For every layout: the promise is kept, the filesystem is never forced read-only, it takes writes afterwards up to what
+statvfs shows, no file is damaged, `btrfs check` is clean. Run `python -m lab.gate FIRST COUNT` for a table.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.layouts import Recipe, build, fingerprints, recipe
+from lab.loop import Guest, fill, run, workspace
+from storaged.balloon.engine import BalloonEngine
+from storaged.balloon.file import BtrfsBalloonFile
+from storaged.btrfs.filesystem import BtrfsFilesystem
+from storaged.btrfs.resizer import ChildResizer
+from storaged.btrfs.system import SystemClock
+from storaged.core import events as ev
+from storaged.errors import FilesystemError
+from storaged.resize.bounds import Bounds, compute
+from storaged.resize.job import Job
+from storaged.resize.runner import ResizeRunner
+from storaged.units import MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one layout; sizes in bytes, `faults` empty when it passed."""
+
+    plan: Recipe
+    used: int
+    bound: int
+    guaranteed: int
+    min_dev_size: int
+    moved: int
+    seconds: float
+    bounds_seconds: float
+    faults: tuple[str, ...]
+
+
+def judge(plan: Recipe, directory: Path) -> Verdict:  # noqa: PLR0915  # one story, told in order
+    """Make the layout, shrink it to its bound, look at what is left."""
+    guest = Guest(directory, plan.size, mkfs=plan.mkfs, mount=plan.mount)
+    build(guest, plan)
+    before = fingerprints(guest.mountpoint)
+    filesystem = BtrfsFilesystem(str(guest.mountpoint))
+    balloon = BtrfsBalloonFile(str(guest.mountpoint))
+    engine = BalloonEngine(filesystem, balloon)
+    resizer = ChildResizer(filesystem)
+    faults: list[str] = []
+    told: list[ev.JobEnded] = []
+
+    def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
+        if isinstance(event, ev.JobEnded):
+            told.append(event)
+
+    def settle() -> None:
+        if plan.limit is not None:
+            engine.hold(plan.limit)
+
+    try:
+        engine.prepare()
+        if plan.limit is not None:
+            try:
+                engine.hold(plan.limit)
+            except FilesystemError as error:
+                faults.append(f"balloon: {error}")
+        filesystem.sync()
+        space = filesystem.space()
+        used = space.data_used + space.metadata_used - engine.size()
+        least = int(run("btrfs", "inspect-internal", "min-dev-size", guest.mountpoint).split()[0])
+        begun = time.monotonic()
+        bounds: Bounds = compute(engine.layout(), engine.longest())
+        took = time.monotonic() - begun
+        job = Job("gate", bounds.minimum, plan.size, plan.size)
+        begun = time.monotonic()
+        ResizeRunner(filesystem, resizer, engine, SystemClock()).run(job, tell, settle)
+        seconds = time.monotonic() - begun
+        end = told[0]
+        if end.outcome is not ev.Outcome.SUCCEEDED or filesystem.size() != bounds.minimum:
+            faults.append(f"promised {bounds.minimum}, reached {filesystem.size()}: {end.reason}")
+        if filesystem.read_only():
+            faults.append("forced read-only")
+        else:
+            engine.hold(None)
+            faults += _false_enospc(guest, filesystem)
+        after = fingerprints(guest.mountpoint)
+        after.pop("afterwards", None)
+        faults += [f"damaged: {name}" for name, digest in before.items() if after.get(name) != digest]
+    finally:
+        resizer.close()
+        balloon.close()
+        filesystem.close()
+    guest.unmount()
+    try:
+        guest.check()
+    except RuntimeError as error:
+        faults.append(f"btrfs check: {str(error)[-200:]}")
+    guest.close()
+    return Verdict(plan, used, bounds.minimum, bounds.guaranteed, least, end.moved, seconds, took, tuple(faults))
+
+
+def _false_enospc(guest: Guest, filesystem: BtrfsFilesystem) -> list[str]:
+    """Writes must go up to what statvfs shows; a tenth, or 64 MiB, is left for metadata and compression."""
+    filesystem.sync()
+    shown = filesystem.statvfs_available() or 0
+    os.sync()
+    written, _ = fill(guest.mountpoint / "afterwards")
+    if written < shown - max(shown // 10, 64 * MIB):
+        return [f"false ENOSPC: {shown} shown, {written} written"]
+    return []
+
+
+def summary(verdicts: Iterable[Verdict]) -> str:
+    """The table's last lines."""
+    seen = list(verdicts)
+    failed = [verdict for verdict in seen if verdict.faults]
+    lines = [f"layouts {len(seen)}, failed {len(failed)}"]
+    for name, ratios in (
+        ("bound / used", [v.bound / v.used for v in seen]),
+        ("bound / min-dev-size", [v.bound / v.min_dev_size for v in seen]),
+        ("guaranteed / min-dev-size", [v.guaranteed / v.min_dev_size for v in seen]),
+    ):
+        ordered = sorted(ratios)
+        p90 = ordered[min(len(ordered) * 9 // 10, len(ordered) - 1)]
+        lines.append(f"{name}: median {statistics.median(ordered):.2f}, p90 {p90:.2f}, worst {ordered[-1]:.2f}")
+    lines += [f"  {verdict.plan}: {'; '.join(verdict.faults)}" for verdict in failed]
+    return "\n".join(lines)
+
+
+def main(first: int, count: int) -> int:
+    """Judge `count` layouts from seed `first`; 1 when any failed."""
+    verdicts = []
+    for seed in range(first, first + count):
+        with workspace() as directory:
+            verdict = judge(recipe(seed), directory)
+        verdicts.append(verdict)
+        print(
+            f"{verdict.plan}: used {verdict.used // MIB} bound {verdict.bound // MIB}"
+            f" guaranteed {verdict.guaranteed // MIB} min-dev-size {verdict.min_dev_size // MIB}"
+            f" moved {verdict.moved // MIB} in {verdict.seconds:.2f} s (bounds {verdict.bounds_seconds * 1e3:.0f} ms)"
+            f" {'FAILED ' + '; '.join(verdict.faults) if verdict.faults else 'ok'}",
+            flush=True,
+        )
+    print(summary(verdicts))
+    return 1 if any(verdict.faults for verdict in verdicts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
