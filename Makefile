@@ -6,10 +6,10 @@ PY    := .venv/bin/python
 ARGS  ?=
 JOBS  ?= 2
 RUFF  := $(PY) -m ruff
-PATHS := $(wildcard storaged tests tools demo benchmarks dashboards)
+PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint format bench proto proto-check lock clean
+.PHONY: help setup demo test test-long lint docs format bench proto proto-check lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,13 +30,17 @@ test-long: setup ## Run the slow tests too
 	@$(MAKE) --no-print-directory proto-check
 	@LONG=1 JOBS=$(JOBS) tools/test.sh $(ARGS)
 
-lint: setup ## Check style, formatting, types and who imports whom
+lint: setup ## Check style, formatting, types, who imports whom, and the generated docs
 	@$(RUFF) check --quiet --output-format concise $(PATHS)
 	@$(RUFF) format --check --output-format concise $(PATHS) >build/format.log 2>&1 || \
 		{ cat build/format.log >&2; echo 'lint: run `make format`' >&2; exit 1; }
 	@$(PY) -m mypy --no-error-summary
 	@.venv/bin/lint-imports --no-logo
+	@$(PY) tools/diagrams.py --check
 	@echo 'lint: style, formatting, types and imports are fine'
+
+docs: setup ## Write the pages that are made from the code
+	@$(PY) tools/diagrams.py
 
 format: setup ## Format the code, and fix what can be fixed by itself
 	@$(RUFF) check --quiet --fix-only --exit-zero $(PATHS)

@@ -15,6 +15,7 @@ _LEAST: dict[str, float] = {
     "retry_first_s": 0.01,
     "retry_most_s": 0.01,
     "guard_every_s": 0.1,
+    "guard_soon_s": 0.01,
     "trim_again_s": 0.0,
     "capacity_wait_s": 0.0,
     "capacity_poll_s": 0.01,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from storaged.balloon.engine import BalloonEngine
+from storaged.balloon.target import tight
 from storaged.core import events as ev
 from storaged.core import machine
 from storaged.core.model import Config, DirtyLimits, HostReport, Space, Told
@@ -320,8 +321,8 @@ class StorageService:
         match effect:
             case ev.HoldAvailable(limit):
                 self._hold(limit)
-            case ev.GuardMetadata(limit, budget):
-                self._spawn(self._guard(limit, budget))
+            case ev.GuardMetadata(spent):
+                self._spawn(self._guard(spent))
             case ev.Trim():
                 if not self._trimming:
                     self._trimming = True
@@ -374,7 +375,7 @@ class StorageService:
             try:
                 held = await self._in("balloon", self._engine.hold, limit)
                 self._publish(held.space)
-                event = ev.BalloonSettled(limit, held.size, clock.monotonic())
+                event = ev.BalloonSettled(limit, held.size, clock.monotonic(), tight(held.space))
             except (StoragedError, OSError) as error:
                 event = ev.BalloonFailed(limit, await self._balloon_size(), str(error), clock.monotonic())
             self._post(event)
@@ -389,14 +390,14 @@ class StorageService:
         except (StoragedError, OSError):
             return self._state.balloon.size
 
-    async def _guard(self, limit: int | None, budget: int) -> None:
+    async def _guard(self, spent: int) -> None:
+        given, tight = 0, False
         try:
-            given = await self._in("balloon", self._engine.guard, limit, budget)
-            size = await self._in("balloon", self._engine.size)
+            given, tight = await self._in("balloon", self._engine.guard, self._state.config.reserve, spent)
         except (StoragedError, OSError) as error:
             self._note(f"could not look after metadata: {error}", warning=True)
-            return
-        self._post(ev.BalloonGuarded(size, given, self._world.clock.monotonic()))
+        size = await self._balloon_size()
+        self._post(ev.BalloonGuarded(size, given, self._world.clock.monotonic(), tight))
 
     async def _trim_in_background(self) -> None:
         try:

@@ -82,22 +82,30 @@ class BalloonEngine:
                 return self._release()
             return self._settle(limit)
 
-    def guard(self, limit: int | None, budget: int) -> int:
-        """Give one chunk of the balloon to metadata if it is about to run out; bytes given, at most `budget`."""
+    def guard(self, reserve: int, spent: int) -> tuple[int, bool]:
+        """Give a chunk to metadata if it is about to run out: empty ones first, then one of the balloon's.
+
+        Returns the bytes that the balloon gave up, and whether to look again soon.
+        """
         with self.lock:
-            held = self._balloon.size()
             space = self._fs.space()
-            if limit is None or not target.relief_due(space, held) or space.exclusive_operation != "none":
-                return 0
-            layout = self.layout()
-            owned = [c for c in layout.chunks if c.vacant and c.balloon and c.balloon <= budget]
+            if space.exclusive_operation != "none" or not target.relief_due(space, self._balloon.size()):
+                return 0, target.tight(space)
+            if space.data_free >= space.data_chunk:
+                self._hand_back_chunks()
+                space = self._fs.space()
+                if not target.relief_due(space, self._balloon.size()):
+                    return 0, True
+            budget = target.relief_budget(space, reserve, spent)
+            owned = [c for c in self.layout().chunks if c.vacant and 0 < c.balloon <= budget]
             if not owned:
-                return 0
+                return 0, True
             chunk = max(owned, key=lambda c: c.balloon)
             given = self._balloon.vacate([(chunk.logical, chunk.length)])
             self.deflated_total += given
-            self._fs.reclaim_empty_chunks()
-            return given
+            self._fs.sync()
+            self._hand_back_chunks()
+            return given, True
 
     def layout(self) -> Layout:
         """The filesystem's chunks with the balloon's share counted in."""

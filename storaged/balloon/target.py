@@ -34,12 +34,16 @@ SETTLED = Move(0)
 
 
 def comfortable_headroom(space: Space) -> int:
-    """Metadata bytes that should fit without a new chunk: 1/64 of the filesystem, 8 to 64 MiB."""
-    return min(max(space.size // 64, 8 * MIB), 64 * MIB)
+    """Metadata bytes that should fit without a new chunk: 1/32 of the filesystem, 16 to 128 MiB."""
+    return min(max(space.size // 32, 16 * MIB), 128 * MIB)
 
 
 def least_headroom(space: Space) -> int:
-    """Below this the balloon gives a chunk back: enough that a balance still finds room to work in."""
+    """Below this the balloon gives a chunk back: early enough that a balance still finds room to work in.
+
+    Metadata must not run out altogether: symlink(2) then aborts the transaction, and the filesystem goes read-only
+    (measured on Linux 6.18, fs/btrfs/inode.c, btrfs_symlink).
+    """
     return comfortable_headroom(space) // 2
 
 
@@ -102,9 +106,18 @@ def relief_due(space: Space, held: int) -> bool:
     return reach < least_headroom(space)
 
 
-def relief_budget(reported_free: int, reserve: int) -> int:
-    """Bytes the guest may be given for metadata beyond its limit, per report: a quarter of the host's reserve."""
-    return min(max(reported_free, 0), reserve) // 4
+def tight(space: Space) -> bool:
+    """True when metadata could run out within a second of a storm of small files: look often."""
+    return not space.mixed and space.metadata_headroom < 2 * comfortable_headroom(space)
+
+
+def relief_budget(space: Space, reserve: int, spent: int) -> int:
+    """Bytes the balloon may still give to metadata after `spent` since the last report.
+
+    A quarter of the host's reserve, and always one chunk, which is within the slack. A guest that really writes that
+    much metadata makes the host's free space fall, and the host's next report starts a new budget.
+    """
+    return max(reserve // 4, space.data_chunk) - spent
 
 
 def _sectors(size: int) -> int:

@@ -63,16 +63,16 @@ def data_extents(fd: int, start: int, length: int) -> Iterator[tuple[int, int]]:
         yield objectid, offset
 
 
-def file_extents(fd: int, subvolume: int, inode: int) -> list[tuple[int, int, int]]:
-    """(offset in the file, logical start, length) of every extent of a file, each as it lies on the disk.
+def file_extents(fd: int, subvolume: int, first: int, last: int) -> list[tuple[int, int, int, int]]:
+    """(inode, offset in the file, logical start, length) of every extent of the files `first` to `last`.
 
-    FIEMAP does not do: it joins neighbours, and the disk gives an extent back only as a whole.
+    Each as it lies on the disk. FIEMAP does not do: it joins neighbours, and an extent is freed only as a whole.
     """
     found = []
-    for _, _, offset, data in items(fd, subvolume, inode, inode, (EXTENT_DATA, EXTENT_DATA)):
+    for inode, _, offset, data in items(fd, subvolume, first, last, (EXTENT_DATA, EXTENT_DATA)):
         kind, address, length = _FILE_EXTENT.unpack_from(data)
         if kind != INLINE and address:
-            found.append((offset, address, length))
+            found.append((inode, offset, address, length))
     return found
 
 

@@ -29,6 +29,8 @@ class BalloonSettled:
     limit: int | None
     size: int
     at: float
+    tight: bool = False
+    """Metadata headroom is small: look at it again soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class BalloonGuarded:
     size: int
     relief: int
     at: float
+    tight: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +221,9 @@ class HoldAvailable:
 
 @dataclass(frozen=True, slots=True)
 class GuardMetadata:
-    """Look whether metadata runs out; give a chunk of the balloon back if so, at most `budget` bytes."""
+    """Look whether metadata runs out; give a chunk of the balloon back if so. `spent` went there since the report."""
 
-    limit: int | None
-    budget: int
+    spent: int
 
 
 @dataclass(frozen=True, slots=True)

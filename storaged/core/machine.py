@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from storaged.balloon.target import allowance, relief_budget
+from storaged.balloon.target import allowance
 from storaged.core import events as ev
 from storaged.core import pressure as pr
 from storaged.core.model import Config, DirtyLimits, HostReport, Level
@@ -172,9 +172,15 @@ def _entered(state: State, before: Level, now: float) -> Result:
     return state, tuple(effects)
 
 
+def _guard_at(state: State, event: ev.BalloonSettled | ev.BalloonGuarded) -> float | None:
+    """When to look at metadata headroom next: never while nothing is held back."""
+    config = state.config
+    return event.at + (config.guard_soon_s if event.tight else config.guard_every_s) if event.size else None
+
+
 def _balloon_settled(state: State, event: ev.BalloonSettled) -> Result:
     balloon = state.balloon
-    guard_at = event.at + state.config.guard_every_s if event.size else None
+    guard_at = _guard_at(state, event)
     if event.limit != balloon.limit:
         # A newer limit came meanwhile; its own HoldAvailable is on the way.
         return replace(state, balloon=replace(balloon, size=event.size, guard_at=guard_at)), ()
@@ -196,7 +202,12 @@ def _balloon_settled(state: State, event: ev.BalloonSettled) -> Result:
 
 
 def _balloon_guarded(state: State, event: ev.BalloonGuarded) -> Result:
-    balloon = replace(state.balloon, size=event.size, relief=state.balloon.relief + event.relief)
+    balloon = replace(
+        state.balloon,
+        size=event.size,
+        relief=state.balloon.relief + event.relief,
+        guard_at=_guard_at(state, event),
+    )
     note = ev.Note(f"gave {format_size(event.relief)} of the balloon to metadata, which was running out")
     return replace(state, balloon=balloon), ((note,) if event.relief else ())
 
@@ -216,6 +227,7 @@ def _balloon_failed(state: State, event: ev.BalloonFailed) -> Result:
         failures=failures,
         reason=event.reason,
         retry_at=event.at + wait,
+        guard_at=event.at + state.config.guard_every_s if event.size else None,
     )
     effects: list[ev.Effect] = [ev.AnswerReport(event.reason)] if balloon.asked else []
     if failures == 1 or event.reason != balloon.reason:
@@ -413,10 +425,8 @@ def _tick(state: State, event: ev.Tick) -> Result:
         state, retry = _retry(state)
         return state, (*effects, *retry)
     if balloon.guard_at is not None and event.at >= balloon.guard_at and not balloon.pending:
-        free = state.report.free if state.report is not None else 0
-        budget = max(relief_budget(free, state.config.reserve) - balloon.relief, 0)
-        guarded = replace(balloon, guard_at=event.at + state.config.guard_every_s)
-        return replace(state, balloon=guarded), (*effects, ev.GuardMetadata(balloon.limit, budget))
+        guarded = replace(balloon, guard_at=None)  # set again when the answer is there
+        return replace(state, balloon=guarded), (*effects, ev.GuardMetadata(balloon.relief))
     return state, effects
 
 

@@ -101,8 +101,10 @@ class Config:
     """How long a better level must last before it counts."""
     retry_first_s: float = 1.0
     retry_most_s: float = 30.0
-    guard_every_s: float = 2.0
+    guard_every_s: float = 1.0
     """How often metadata headroom is looked at while the balloon holds anything."""
+    guard_soon_s: float = 0.1
+    """The same while headroom is small or has just been given."""
     trim_again_s: float = 60.0
     """Shortest time between two trims while the level stays above NORMAL."""
     capacity_wait_s: float = 5.0

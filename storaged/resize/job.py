@@ -55,6 +55,7 @@ TRANSITIONS: dict[JobState, dict[Signal, JobState]] = {
         Signal.PREPARED: JobState.RUNNING,
         Signal.SUCCEEDED: JobState.DONE,
         Signal.FAILED: JobState.FAILED,
+        Signal.STOPPED: JobState.FAILED,  # as below
         Signal.CANCEL: JobState.CANCELLING,
     },
     JobState.RUNNING: {

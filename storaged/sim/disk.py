@@ -266,7 +266,8 @@ class SimBalloonFile:
         given = 0
         with self.disk.lock:
             for chunk in self.disk.chunks:
-                if any(start <= chunk.start < start + span for start, span in ranges):
+                end = chunk.start + chunk.length
+                if any(start < end and end - chunk.held < start + span for start, span in ranges):
                     given += chunk.held
                     chunk.held = 0
         return given

@@ -1,0 +1,1 @@
+"""The command `storagectl`: asks one guest's storaged, and shows what it says."""
