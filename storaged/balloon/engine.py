@@ -21,7 +21,9 @@ from storaged.units import MIB, SECTOR, format_size
 MOST_MOVES = 64
 """Moves per call: an idle filesystem needs under ten; a writer that never pauses must not hold us for ever."""
 WORTH_A_TRIM = 4 * MIB
-WORTH_A_COMMIT = 16 * MIB
+WORTH_A_COMMIT = 4 * MIB
+MOST_TRIMS = 4
+"""Per call: a guest that never stops deleting must not hold us for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ class BalloonEngine:
         if space.read_only:
             raise FilesystemError("the filesystem is read-only", errno.EROFS, Kind.PRECONDITION)
         inflated = deflated = 0
-        ready = False
+        looked, committed = 0, False
         most = space.size  # the largest inflation that is still worth trying after an ENOSPC
         for _ in range(MOST_MOVES):
             held = self._balloon.size()
@@ -185,9 +187,12 @@ class BalloonEngine:
                 raise _busy(space)
             if by == 0 or most < SECTOR:
                 break
-            if not ready:
-                ready = True
-                self._make_ready(space, inflating=by > 0)
+            if by < 0 and not committed:
+                # What was deleted a moment ago still counts as used; going by that, too much would be given back.
+                self._fs.sync()
+                committed = True
+            elif by > 0 and looked < MOST_TRIMS and self._hand_back_freed(space):
+                looked += 1
             elif by > 0:
                 try:
                     self._balloon.extend(by)
@@ -219,16 +224,19 @@ class BalloonEngine:
             self._hand_back_chunks()
         return Held(held, space, inflated, deflated)
 
-    def _make_ready(self, space: Space, *, inflating: bool) -> None:
-        """Before anything moves: deletions counted, and freed blocks on their way to the host."""
-        if not inflating or space.data_pinned >= WORTH_A_COMMIT:
-            # What was deleted a moment ago still counts as used; going by that, too much would be given back.
+    def _hand_back_freed(self, space: Space) -> bool:
+        """Freed blocks on their way to the host before the balloon lies over them; False when there are none.
+
+        What is freed but not yet discarded would stay allocated on the host for as long as the balloon holds it.
+        """
+        if space.data_pinned >= WORTH_A_COMMIT:
             self._fs.sync()
-        if inflating:
-            # Blocks that were freed but not yet discarded would stay allocated on the host under the balloon.
-            queued = self._fs.untrimmed()
-            if queued is not None and queued >= WORTH_A_TRIM and self._fs.discard_supported():
-                self._fs.trim()
+            return True
+        queued = self._fs.untrimmed()
+        if queued is None or queued < WORTH_A_TRIM or not self._fs.discard_supported():
+            return False
+        self._fs.trim()
+        return True
 
     def _after_refusal(self, error: FilesystemError, tried: int, space: Space, limit: int) -> int:
         """What to try next after the kernel refused `tried` bytes; raises when the reason is not lack of room."""
