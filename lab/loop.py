@@ -51,27 +51,27 @@ def sweep(under: str | Path | None = None) -> list[Path]:
 
 
 def clear(path: Path) -> None:
-    """Unmount, detach and delete everything below `path`, innermost first."""
-    for mountpoint in reversed(_mounts_below(path)):
-        _unmount(mountpoint)
-    for device, image in loops():
-        if image.startswith(f"{path}/"):
+    """Unmount, detach and delete everything below `path`, also filesystems on images on filesystems."""
+    for _ in range(100):
+        mounts = _mounts_below(path)
+        mine = [device for device, image in loops() if image.startswith(f"{path}/")]
+        if not mounts and not mine:
+            break
+        for mountpoint in reversed(mounts):
             with contextlib.suppress(RuntimeError):
-                run("losetup", "-d", device)
+                run("umount", mountpoint)
+        # A mounted device would only be marked for later, and its image keep the filesystem below it busy.
+        mounted = Path("/proc/self/mounts").read_text(encoding="utf-8").split()
+        for device in mine:
+            if device not in mounted:
+                with contextlib.suppress(RuntimeError):
+                    run("losetup", "-d", device)
+        if mounts:
+            time.sleep(0.05)
+    for mountpoint in reversed(_mounts_below(path)):
+        with contextlib.suppress(RuntimeError):
+            run("umount", "-l", mountpoint)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _unmount(mountpoint: str) -> None:
-    """Unmount, waiting for whoever lets go of it; at last detach it from the tree whoever holds it."""
-    for _ in range(20):
-        try:
-            run("umount", mountpoint)
-        except RuntimeError:
-            time.sleep(0.1)
-        else:
-            return
-    with contextlib.suppress(RuntimeError):
-        run("umount", "-l", mountpoint)
 
 
 def _mounts_below(path: Path) -> list[str]:

@@ -96,6 +96,7 @@ async def serve(options: Options) -> None:
         log.info("stopping")
         if watcher is not None:
             loop.remove_reader(watcher)
+        await storage.close()
         await server.stop(GRACE_S)
     finally:
         if exporter is not None:

@@ -34,8 +34,11 @@ log = logging.getLogger(__name__)
 ANSWER_WITHIN_S = 15.0
 """A host gives 20 s: an answer must go out in time whatever the disk does."""
 READ_WITHIN_S = 2.0
+WATCH_AGAIN_S = 2.0
 MOST_NOTES = 64
 _RECLAIM = True
+_THREADS = ("balloon", "resize", "upkeep", "read", "state")
+"""What may wait for what: the journal and the limits never wait for a trim, nor a read for either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Snapshot:
 @dataclass(slots=True)
 class _Waiting:
     reports: list[asyncio.Future[str]] = field(default_factory=list)
-    job_ends: list[asyncio.Future[Job]] = field(default_factory=list)
+    job_ends: dict[str, asyncio.Future[Job]] = field(default_factory=dict)
 
 
 Observer = Callable[[ev.Event, machine.State], None]
@@ -73,9 +76,7 @@ class StorageService:
         self._runner = ResizeRunner(world.filesystem, world.resizer, self._engine, world.clock, poll_s=world.poll_s)
         self._queue: asyncio.Queue[tuple[ev.Event, asyncio.Future[Any] | None]] = asyncio.Queue()
         self._waiting = _Waiting()
-        self._threads = {
-            name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("balloon", "resize", "upkeep", "read")
-        }
+        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in _THREADS}
         self._notes: deque[str] = deque(maxlen=MOST_NOTES)
         self._observers: list[Observer] = []
         self._changed = asyncio.Event()
@@ -85,6 +86,7 @@ class StorageService:
         self._holding = False
         self._hold_next: list[int | None] = []
         self._trimming = False
+        self._closing = False
         self._moved_total = 0
         self._bounds: Bounds | None = None
         self._snapshot: Snapshot | None = None
@@ -138,15 +140,21 @@ class StorageService:
         )
         self._writer = asyncio.create_task(self._run(), name="storage writer")
 
-    async def stop(self, *, release: bool = False) -> None:
-        """Leave everything safe: a running job is cancelled at a committed step, the balloon stays or is released."""
-        if self._writer is None:
-            return
+    async def close(self) -> None:
+        """Begin to stop: watchers are let go, a running job is cancelled at a committed step."""
+        self._closing = True
+        self._changed.set()
         if self._state.active_job is not None:
             try:
                 await asyncio.wait_for(self.cancel("storaged was stopped"), ANSWER_WITHIN_S)
             except (StoragedError, TimeoutError) as error:
                 log.warning("the running job could not be stopped: %s", error)
+
+    async def stop(self, *, release: bool = False) -> None:
+        """Leave everything safe: a running job is cancelled at a committed step, the balloon stays or is released."""
+        if self._writer is None:
+            return
+        await self.close()
         if release:
             await self.release()
         await self._settle_tasks()
@@ -179,15 +187,11 @@ class StorageService:
 
     async def cancel(self, reason: str = "cancelled on request") -> Job:
         """Cancel the running job and wait for its end. StoragedError when none is running."""
-        ended: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
-        self._waiting.job_ends.append(ended)
         clock = self._world.clock
-        answer: ev.AnswerCancel = await self._ask(ev.CancelRequested(clock.monotonic(), clock.wall(), reason))
-        if not answer.active:
-            if ended in self._waiting.job_ends:
-                self._waiting.job_ends.remove(ended)
+        ended: asyncio.Future[Job] | None = await self._ask(ev.CancelRequested(clock.monotonic(), clock.wall(), reason))
+        if ended is None:
             raise StoragedError("no resize job is running", Kind.PRECONDITION)
-        return await ended
+        return await asyncio.shield(ended)
 
     async def trim(self, *, reclaim: bool) -> int:
         """Hand freed blocks back now; bytes as the kernel counts. StoragedError when that cannot be."""
@@ -231,6 +235,7 @@ class StorageService:
             return self._bounds
         bounds: Bounds = await asyncio.wait_for(self._in("read", self._read_bounds), ANSWER_WITHIN_S)
         self._bounds = bounds
+        self._publish()
         return bounds
 
     async def available(self) -> int:
@@ -251,13 +256,18 @@ class StorageService:
         return replace(self.snapshot, space=space, wall=self._world.clock.wall())
 
     async def watch(self, interval_s: float) -> AsyncIterator[Snapshot]:
-        """The present state, then the state after every change, at most once in `interval_s`."""
-        while True:
+        """The present state, then the state after every change, at most once in `interval_s`.
+
+        What the guest itself writes is no event, so without one the space is read anew now and then. Ends when the
+        service begins to stop.
+        """
+        while not self._closing:
             seen = self.snapshot.sequence
             yield await self.refreshed()
             await asyncio.sleep(interval_s)
-            while self.snapshot.sequence == seen:
-                await self._changed.wait()
+            with contextlib.suppress(TimeoutError):
+                if self.snapshot.sequence == seen and not self._closing:
+                    await asyncio.wait_for(self._changed.wait(), WATCH_AGAIN_S)
 
     # --- the writer -------------------------------------------------------------------------------------------
 
@@ -306,13 +316,15 @@ class StorageService:
             if before.active_job is not None:
                 self._moved_total += job.moved
                 self._bounds = None
-            for ended in self._waiting.job_ends:
-                if not ended.done():
-                    ended.set_result(job)
-            self._waiting.job_ends.clear()
+            if (ended := self._waiting.job_ends.pop(job.id, None)) is not None and not ended.done():
+                ended.set_result(job)
         self._publish()
         for observer in self._observers:
             observer(event, self._state)
+
+    def _job_end(self, job_id: str) -> asyncio.Future[Job]:
+        """Done when the job has ended. Whoever waits is shielded from others who give up."""
+        return self._waiting.job_ends.setdefault(job_id, asyncio.get_running_loop().create_future())
 
     async def _perform(  # noqa: C901, PLR0912  # one arm an effect: a table with code in it
         self, effect: ev.Effect, waiter: asyncio.Future[Any] | None
@@ -328,12 +340,13 @@ class StorageService:
                     self._trimming = True
                     self._spawn(self._trim_in_background())
             case ev.SetDirtyLimits(dirty_bytes):
-                found = await self._in("upkeep", world.sysctl.dirty_limits)
+                found = await self._in("state", world.sysctl.dirty_limits)
                 await self._process(ev.DirtyLimitsFound(found), None)
                 lowered = DirtyLimits(dirty_bytes, dirty_bytes // 2, 0, 0)
-                await self._in("upkeep", world.sysctl.set_dirty_limits, lowered)
+                await self._in("state", world.sysctl.set_dirty_limits, lowered)
             case ev.RestoreDirtyLimits(limits):
-                await self._in("upkeep", world.sysctl.set_dirty_limits, limits)
+                await self._in("state", world.sysctl.set_dirty_limits, limits)
+                await self._process(ev.DirtyLimitsRestored(), None)
             case ev.StartResize(job):
                 self._spawn(self._in("resize", self._runner.run, job, self._tell, self._settle_after_job))
             case ev.CancelResize():
@@ -341,7 +354,7 @@ class StorageService:
             case ev.Sync():
                 self._spawn(self._in("upkeep", world.filesystem.sync))
             case ev.Save():
-                await self._in("upkeep", world.journal.save, to_record(self._state))
+                await self._in("state", world.journal.save, to_record(self._state))
             case ev.Note(text, warning):
                 self._note(text, warning=warning)
             case ev.AnswerReport(reason):
@@ -354,7 +367,11 @@ class StorageService:
                     self._waiting.reports.remove(waiter)
                     if not waiter.done():
                         waiter.set_result("")
-            case ev.AcceptResize() | ev.RefuseResize() | ev.AnswerCancel():
+            case ev.AnswerCancel(job_id):
+                if waiter is not None and not waiter.done():
+                    # Made here, so that no end can pass between the answer and the wait for it.
+                    waiter.set_result(None if job_id is None else self._job_end(job_id))
+            case ev.AcceptResize() | ev.RefuseResize():
                 if waiter is not None and not waiter.done():
                     waiter.set_result(effect)
 
@@ -376,7 +393,7 @@ class StorageService:
                 held = await self._in("balloon", self._engine.hold, limit)
                 self._publish(held.space)
                 event = ev.BalloonSettled(limit, held.size, clock.monotonic(), tight(held.space))
-            except (StoragedError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # whatever it is, the balloon is tried again
                 event = ev.BalloonFailed(limit, await self._balloon_size(), str(error), clock.monotonic())
             self._post(event)
             if not self._hold_next:

@@ -51,7 +51,7 @@ def metadata_claim(space: Space) -> int:
     """Unallocated bytes to leave for the next metadata chunk; 0 while there is headroom."""
     if space.mixed:
         # Data and metadata share chunks: what metadata may need is left free inside them.
-        return max(2 * space.global_reserve, comfortable_headroom(space))
+        return min(max(2 * space.global_reserve, comfortable_headroom(space)), space.data_chunk // 2)
     if space.metadata_headroom >= comfortable_headroom(space):
         return 0
     return min(space.metadata_chunk * space.metadata_copies, space.data_chunk) // 2
@@ -79,7 +79,7 @@ def next_move(space: Space, held: int, limit: int) -> Move:
     """
     missing = space.available - goal(space, limit)
     if missing < -TOLERANCE:
-        give = min(-missing, held)
+        give = min(-(missing // SECTOR) * SECTOR, held)
         return Move(-give) if give else SETTLED
     if missing < SECTOR:
         return SETTLED

@@ -176,6 +176,11 @@ class DirtyLimitsFound:
 
 
 @dataclass(frozen=True, slots=True)
+class DirtyLimitsRestored:
+    """The write-back limits are as they were found."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trimmed:
     """Blocks were handed back; `error` says why not, empty when they were."""
 
@@ -205,6 +210,7 @@ Event = (
     | Tick
     | Recovered
     | DirtyLimitsFound
+    | DirtyLimitsRestored
     | Trimmed
     | ReleaseRequested
 )
@@ -240,7 +246,7 @@ class SetDirtyLimits:
 
 @dataclass(frozen=True, slots=True)
 class RestoreDirtyLimits:
-    """Set the write-back limits to exactly `limits`."""
+    """Set the write-back limits to exactly `limits`, and report that it was done."""
 
     limits: DirtyLimits
 
@@ -306,9 +312,9 @@ class RefuseResize:
 
 @dataclass(frozen=True, slots=True)
 class AnswerCancel:
-    """Answers CancelResize at once: False when no job is active. True means wait for its end."""
+    """Answers CancelResize at once: the job whose end to wait for, None when none is active."""
 
-    active: bool
+    id: str | None
 
 
 Effect = (

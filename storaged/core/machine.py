@@ -85,6 +85,7 @@ class State:
     ignored_reports: int = 0
     balloon: Balloon = field(default_factory=Balloon)
     dirty_found: DirtyLimits | None = None
+    restore_at: float | None = None  # the write-back limits could not be put back: try again then
     trimmed_at: float | None = None
     reclaimed: int = 0
     job: jb.Job | None = None
@@ -147,7 +148,7 @@ def _host_reported(state: State, event: ev.HostReported) -> Result:
         retry_at=None,
     )
     # The answer waits for both: a crash half-way must not forget what was promised.
-    return replace(state, balloon=balloon), (ev.HoldAvailable(limit), ev.Save(), *effects)
+    return replace(state, balloon=balloon), (ev.HoldAvailable(limit), *effects, ev.Save())
 
 
 def _entered(state: State, before: Level, now: float) -> Result:
@@ -156,11 +157,8 @@ def _entered(state: State, before: Level, now: float) -> Result:
     effects: list[ev.Effect] = []
     if level is not before:
         effects.append(ev.Note(f"host pressure {before.name} -> {level.name}", warning=level > before))
-        for action in ON_ENTER[level]:
-            effects.extend(_ACTIONS[action](state))
-        if level is Level.NORMAL:
-            state = replace(state, dirty_found=None)
-            effects.append(ev.Save())
+        state, acting = _act(state, level, now)
+        effects.extend(acting)
     elif (
         level is not Level.NORMAL
         and state.trimmed_at is not None
@@ -176,6 +174,14 @@ def _guard_at(state: State, event: ev.BalloonSettled | ev.BalloonGuarded) -> flo
     """When to look at metadata headroom next: never while nothing is held back."""
     config = state.config
     return event.at + (config.guard_soon_s if event.tight else config.guard_every_s) if event.size else None
+
+
+def _act(state: State, level: Level, now: float) -> Result:
+    """What entering `level` asks for."""
+    restoring = level is Level.NORMAL and state.dirty_found is not None
+    # What was found is forgotten only once it is back.
+    state = replace(state, restore_at=now + state.config.retry_most_s if restoring else None)
+    return state, tuple(effect for action in ON_ENTER[level] for effect in _ACTIONS[action](state))
 
 
 def _balloon_settled(state: State, event: ev.BalloonSettled) -> Result:
@@ -238,12 +244,10 @@ def _balloon_failed(state: State, event: ev.BalloonFailed) -> Result:
 def _retry(state: State) -> Result:
     """Bring the balloon to its limit once more, if it has one."""
     balloon = state.balloon
-    if balloon.limit is None or balloon.pending:
+    if balloon.pending or (balloon.limit is None and not balloon.failures):
         return state, ()
-    return (
-        replace(state, balloon=replace(balloon, pending=True, retry_at=None)),
-        (ev.HoldAvailable(balloon.limit),),
-    )
+    again = replace(balloon, pending=True, retry_at=None)
+    return replace(state, balloon=again), (ev.HoldAvailable(balloon.limit),)
 
 
 def _release_requested(state: State, event: ev.ReleaseRequested) -> Result:
@@ -255,18 +259,22 @@ def _release_requested(state: State, event: ev.ReleaseRequested) -> Result:
         retry_at=None,
         guard_at=None,
     )
-    effects: list[ev.Effect] = [ev.HoldAvailable(None)]
-    if state.dirty_found is not None:
-        effects.append(ev.RestoreDirtyLimits(state.dirty_found))
-    effects.append(ev.Save())
-    fresh = pr.Pressure()
-    return replace(state, balloon=balloon, pressure=fresh, report=None, dirty_found=None), tuple(effects)
+    state, restoring = _act(
+        replace(state, balloon=balloon, pressure=pr.Pressure(), report=None), Level.NORMAL, event.at
+    )
+    return state, (ev.HoldAvailable(None), *restoring, ev.Save())
 
 
 def _dirty_limits_found(state: State, event: ev.DirtyLimitsFound) -> Result:
     if state.dirty_found is not None:
         return state, ()
     return replace(state, dirty_found=event.limits), (ev.Save(),)
+
+
+def _dirty_limits_restored(state: State, event: ev.DirtyLimitsRestored) -> Result:
+    if state.pressure.level is not Level.NORMAL:
+        return state, ()
+    return replace(state, dirty_found=None, restore_at=None), (ev.Save(),)
 
 
 def _trimmed(state: State, event: ev.Trimmed) -> Result:
@@ -325,8 +333,8 @@ def _resize_requested(state: State, event: ev.ResizeRequested) -> Result:
     )
     verb = "shrink" if job.shrinks else "grow"
     note = ev.Note(f"{verb} from {format_size(job.start_size)} to {format_size(job.requested)} begins")
-    state, effects = _capacity(replace(state, job=job), event.facts.device, event.at, event.wall)
-    return state, (ev.AcceptResize(), note, *effects)
+    state, (save, *work) = _capacity(replace(state, job=job), event.facts.device, event.at, event.wall)
+    return state, (note, save, ev.AcceptResize(), *work)
 
 
 def _capacity(state: State, device: int, at: float, wall: float) -> Result:
@@ -359,14 +367,14 @@ def _end(state: State, job: jb.Job, signal: jb.Signal, size: int, reason: str, w
 def _cancel_requested(state: State, event: ev.CancelRequested) -> Result:
     job = state.active_job
     if job is None:
-        return state, (ev.AnswerCancel(active=False),)
+        return state, (ev.AnswerCancel(None),)
     after = jb.signalled(job, jb.Signal.CANCEL)
     if not after.active:
         state, effects = _end(state, job, jb.Signal.CANCEL, job.current_size, event.reason, event.wall)
-        return state, (ev.AnswerCancel(active=True), *effects)
+        return state, (ev.AnswerCancel(job.id), *effects)
     state = replace(state, job=replace(after, reason=event.reason))
     again = job.state is jb.JobState.CANCELLING
-    return state, (ev.AnswerCancel(active=True), *(() if again else (ev.CancelResize(job.id),)))
+    return state, (ev.AnswerCancel(job.id), *(() if again else (ev.CancelResize(job.id),)))
 
 
 def _job_prepared(state: State, event: ev.JobPrepared) -> Result:
@@ -420,6 +428,13 @@ def _tick(state: State, event: ev.Tick) -> Result:
     before = state.pressure.level
     state = replace(state, pressure=pr.settled(state.pressure, event.at, state.config))
     state, effects = _entered(state, before, event.at)
+    if effects and state.report is not None and state.pressure.level is not before:
+        # It settled for the worst of the wait; what the host said last may ask for better still.
+        last = replace(state.report, at=event.at)
+        state = replace(state, pressure=pr.reported(state.pressure, last, state.config))
+    if state.restore_at is not None and event.at >= state.restore_at:
+        state, restoring = _act(state, Level.NORMAL, event.at)
+        effects = (*effects, *restoring)
     balloon = state.balloon
     if balloon.retry_at is not None and event.at >= balloon.retry_at:
         state, retry = _retry(state)
@@ -475,9 +490,9 @@ def _recovered(state: State, event: ev.Recovered) -> Result:
         state = replace(state, job=last)
     elif job is not None:
         state = replace(state, job=job)
-    if level is Level.NORMAL and event.dirty_found is not None:
-        effects.append(ev.RestoreDirtyLimits(event.dirty_found))
-        state = replace(state, dirty_found=None)
+    # After a reboot the limits are the kernel's own again; after a crash this changes nothing.
+    state, acting = _act(state, level, event.at)
+    effects += [effect for effect in acting if not isinstance(effect, ev.Trim | ev.Sync)]
     effects.append(ev.Save())
     state, retry = _retry(state)
     return state, (*effects, *retry)
@@ -490,6 +505,7 @@ def next_wakeup(state: State) -> float | None:
         state.balloon.retry_at,
         None if state.balloon.pending else state.balloon.guard_at,
         state.poll_at,
+        state.restore_at,
     )
     return min((time for time in times if time is not None), default=None)
 
@@ -501,6 +517,7 @@ HANDLERS: dict[type[ev.Event], Callable[[State, Any], Result]] = {
     ev.BalloonFailed: _balloon_failed,
     ev.ReleaseRequested: _release_requested,
     ev.DirtyLimitsFound: _dirty_limits_found,
+    ev.DirtyLimitsRestored: _dirty_limits_restored,
     ev.Trimmed: _trimmed,
     ev.ResizeRequested: _resize_requested,
     ev.CancelRequested: _cancel_requested,

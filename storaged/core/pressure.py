@@ -102,7 +102,7 @@ def reported(pressure: Pressure, report: HostReport, config: Config) -> Pressure
 
 def settled(pressure: Pressure, now: float, config: Config) -> Pressure:
     """Pressure after time has passed: a better level that lasted comes into force."""
-    if pressure.pending is None or now - pressure.pending_since < config.settle_s:
+    if pressure.pending is None or now < pressure.pending_since + config.settle_s:
         return pressure
     return replace(pressure, level=pressure.pending, pending=None, pending_since=0.0)
 

@@ -77,7 +77,7 @@ def from_record(record: dict[str, Any], now: float) -> Remembered:
                 progress=1.0 if job["state"] == JobState.DONE.name else 0.0,
             ),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"not a journal of this program: {error!r}") from error
 
 

@@ -120,7 +120,7 @@ class Feed:
 
     def _ask_alive(self) -> None:
         call: Any = self._client.storage.GetReport.future(pb.GetReportRequest(), timeout=self._client.answer_within_s)
-        self._asked.append(call)
+        self._asked = [call, *(asked for asked in self._asked if not asked.done())]
         call.add_done_callback(self._alive_answered)
 
     def _alive_answered(self, call: Any) -> None:

@@ -49,11 +49,10 @@ class FileJournal:
         with kernel("writing the journal"):
             path = os.path.join(self._directory, NAME)
             fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                os.write(fd, b"%08x\n%s" % (zlib.crc32(body), body))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            with open(fd, "wb") as file:
+                file.write(b"%08x\n%s" % (zlib.crc32(body), body))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(path + ".new", path)
             directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:

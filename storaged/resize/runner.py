@@ -35,7 +35,8 @@ class _Work:
     job: Job
     tell: Tell
     stop: threading.Event
-    moved_before: int = 0
+    moved: int = 0
+    kernel_refused: bool = False
 
 
 class ResizeRunner:
@@ -63,38 +64,37 @@ class ResizeRunner:
         `settle` is called before that, to bring the balloon back to the size the host is owed.
         """
         stop = threading.Event()
-        work = _Work(job, tell, stop, self._resizer.written())
+        work = _Work(job, tell, stop)
         self._stop = stop
-        outcome, reason = ev.Outcome.SUCCEEDED, ""
         try:
-            if job.shrinks:
+            outcome, reason = self._attempt(work)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the job must end
+            outcome, reason = ev.Outcome.FAILED, str(error) or repr(error)
+        finally:
+            self._stop = None
+        try:
+            settle()
+        except Exception as error:  # noqa: BLE001  # the job's end is told all the same
+            reason = reason or f"the balloon did not come back: {error}"
+        now, wall = self._clock.monotonic(), self._clock.wall()
+        tell(ev.JobEnded(job.id, outcome, self._true_size(job), reason, now, wall, work.moved))
+
+    def _attempt(self, work: _Work) -> tuple[ev.Outcome, str]:
+        """Do the work; how it came out and why."""
+        try:
+            if work.job.shrinks:
                 self._shrink(work)
             else:
                 self._grow(work)
-            if self._fs.size() != sector_floor(job.requested):
-                outcome, reason = ev.Outcome.FAILED, f"the filesystem has {self._fs.size()} bytes after it"
         except FilesystemError as error:
-            stopped = error.errno == errno.ECANCELED
-            outcome = ev.Outcome.STOPPED if stopped else ev.Outcome.FAILED
-            reason = error.message
-            if not stopped:
-                reason += self._heal(error)
-        except (StoragedError, OSError, ValueError) as error:
-            outcome, reason = ev.Outcome.FAILED, str(error)
-        finally:
-            self._stop = None
-        settle()
-        tell(
-            ev.JobEnded(
-                job.id,
-                outcome,
-                self._true_size(job),
-                reason,
-                self._clock.monotonic(),
-                self._clock.wall(),
-                max(self._resizer.written() - work.moved_before, 0) if job.shrinks else 0,
-            )
-        )
+            if error.errno == errno.ECANCELED:
+                return ev.Outcome.STOPPED, error.message
+            healed = self._heal(error) if work.kernel_refused else ""
+            return ev.Outcome.FAILED, error.message + healed
+        size = self._fs.size()
+        if size != sector_floor(work.job.requested):
+            return ev.Outcome.FAILED, f"the filesystem has {size} bytes after it"
+        return ev.Outcome.SUCCEEDED, ""
 
     def cancel(self) -> None:
         """Stop the job under way; its JobEnded says how it ended."""
@@ -118,7 +118,6 @@ class ResizeRunner:
     def _shrink(self, work: _Work) -> None:
         """Step by step down to the target: each step is durable, and made only when it is certain to succeed."""
         target = sector_floor(work.job.requested)
-        moved = 0
         size = self._fs.size()
         while size > target:
             if work.stop.is_set():
@@ -129,10 +128,10 @@ class ResizeRunner:
                     work.tell(ev.JobPrepared(work.job.id))
                 if step.vacate:
                     self._balloon.vacate(step.vacate)
-                self._watched(work, step, moved, left)
-            moved += step.moves
+                self._watched(work, step, left)
+            work.moved += step.moves
             size = step.size
-            self._progress(work, size, moved, moved + left - step.moves)
+            self._progress(work, size, work.moved, work.moved + left - step.moves)
 
     def _ready_step(self, target: int) -> tuple[Step, int]:
         """The next step, the balloon out of its way, and the bytes left to move; FilesystemError if not certain."""
@@ -152,7 +151,7 @@ class ResizeRunner:
             if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
                 raise FilesystemError("the balloon could not make room for what has to move", errno.ENOSPC)
 
-    def _watched(self, work: _Work, step: Step, moved: int, left: int) -> None:
+    def _watched(self, work: _Work, step: Step, left: int) -> None:
         """Call the kernel while another thread reports how far it is."""
         done = threading.Event()
         size = self._fs.size()  # the kernel shows the target at once, so this is read first
@@ -162,7 +161,7 @@ class ResizeRunner:
             while not done.wait(self._poll_s):
                 # Between chunks the thread's own writes are the signal; never more than the chunk held.
                 within = min(max(self._resizer.written() - written, 0), step.moves)
-                self._progress(work, size, moved + within, moved + left)
+                self._progress(work, size, work.moved + within, work.moved + left)
 
         watcher = threading.Thread(target=watch, name="resize watch", daemon=True)
         watcher.start()
@@ -185,6 +184,7 @@ class ResizeRunner:
                 self._resizer.resize(size)
             except FilesystemError as error:
                 if error.kind is not Kind.BUSY:
+                    work.kernel_refused = True
                     raise
                 paused = "paused" in self._fs.space().exclusive_operation
                 if paused or time.monotonic() >= until:
@@ -195,15 +195,17 @@ class ResizeRunner:
             return
 
     def _heal(self, error: FilesystemError) -> str:
-        """After a shrink that found no room the kernel may refuse writes that fit; a resize by a sector cures it."""
-        if self._fs.space().read_only:
-            return "; the kernel has forced the filesystem read-only: back up, unmount and check it"
-        if error.errno != errno.ENOSPC:
-            return ""
-        size = self._fs.size()
+        """After a shrink that found no room the kernel may refuse writes that fit; a resize by a sector cures it.
+
+        Only where nothing lies in that sector, or it would move a chunk. Returns what to say of it.
+        """
         try:
-            self._resizer.resize(size - SECTOR)
-            self._resizer.resize(size)
-        except FilesystemError:
-            return ""  # the topmost extent touches the end: nothing to cure it with
+            if self._fs.space().read_only:
+                return "; the kernel has forced the filesystem read-only: back up, unmount and check it"
+            size = self._fs.size()
+            if error.errno == errno.ENOSPC and all(c.top <= size - SECTOR for c in self._fs.layout().chunks):
+                self._resizer.resize(size - SECTOR)
+                self._resizer.resize(size)
+        except (StoragedError, OSError) as failure:
+            return f" (healing it failed: {failure})"
         return ""

@@ -1,0 +1,207 @@
+"""The balloon engine on the simulation: true when it says so, honest when it cannot, and it gives metadata its room."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storaged.balloon import target
+from storaged.balloon.engine import BalloonEngine
+from storaged.errors import FilesystemError, Kind
+from storaged.sim import SimBalloonFile, SimDisk, SimFilesystem
+from storaged.units import GIB, MIB, SECTOR
+
+
+class Guest:
+    """A simulated filesystem and the engine that keeps its balloon."""
+
+    def __init__(self, size: int = 8 * GIB) -> None:
+        self.disk = SimDisk(size)
+        self.filesystem = SimFilesystem(self.disk)
+        self.balloon = SimBalloonFile(self.disk)
+        self.engine = BalloonEngine(self.filesystem, self.balloon)
+
+    @property
+    def available(self) -> int:
+        """What applications could write."""
+        return self.filesystem.space().available
+
+
+@pytest.fixture
+def guest() -> Guest:
+    return Guest()
+
+
+@given(
+    size=st.integers(256 * MIB, 64 * GIB),
+    turns=st.lists(
+        st.tuples(st.integers(0, 16 * GIB), st.sampled_from(["write", "delete", "hold"]), st.integers(0, 16 * GIB)),
+        max_size=8,
+    ),
+)
+def test_after_every_hold_applications_have_what_they_may(size: int, turns: list[tuple[int, str, int]]) -> None:
+    guest = Guest(size // SECTOR * SECTOR)
+    for amount, what, limit in turns:
+        if what == "write":
+            guest.disk.write(amount)
+        elif what == "delete":
+            guest.disk.delete(amount)
+        used = sum(chunk.used for chunk in guest.disk.chunks)
+        held = guest.engine.hold(limit)
+        assert held.size == guest.balloon.size() >= 0
+        assert held.space.available == guest.available <= target.ceiling(held.space, limit)
+        assert held.size == 0 or guest.available >= target.goal(held.space, limit) - target.TOLERANCE
+        assert sum(chunk.used for chunk in guest.disk.chunks) == used, "nobody's data is touched"
+    taken = guest.engine.inflated_total - guest.engine.deflated_total
+    assert taken == guest.balloon.size()
+    assert guest.engine.hold(None).size == guest.balloon.size() == 0
+    assert guest.engine.inflated_total == guest.engine.deflated_total
+
+
+def test_held_again_nothing_moves(guest: Guest) -> None:
+    guest.engine.hold(2 * GIB)
+    calls = dict(guest.disk.faults.calls)
+    again = guest.engine.hold(2 * GIB)
+    assert (again.inflated, again.deflated) == (0, 0)
+    assert guest.disk.faults.calls["extend"] == calls["extend"]
+    assert guest.disk.faults.calls["shrink"] == calls.get("shrink", 0)
+
+
+def test_what_was_taken_is_committed(guest: Guest) -> None:
+    guest.engine.hold(2 * GIB)
+    syncs = guest.disk.faults.calls["sync"]
+    assert syncs >= 1
+    guest.engine.hold(3 * GIB)
+    assert guest.disk.faults.calls["sync"] > syncs
+
+
+def test_no_room_at_once_is_tried_with_less(guest: Guest) -> None:
+    guest.disk.faults.fail("extend", FilesystemError("no room", errno.ENOSPC), times=3)
+    held = guest.engine.hold(2 * GIB)
+    assert held.space.available <= target.ceiling(held.space, 2 * GIB)
+
+
+def test_never_any_room_is_said(guest: Guest) -> None:
+    guest.disk.faults.fail("extend", FilesystemError("no room", errno.ENOSPC), times=1000)
+    with pytest.raises(FilesystemError, match="2147483648 are allowed") as caught:
+        guest.engine.hold(2 * GIB)
+    assert caught.value.errno == errno.ENOSPC
+    assert guest.disk.faults.calls["extend"] <= 64
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_another_reason_is_passed_on_at_once(guest: Guest, number: int) -> None:
+    guest.disk.faults.fail("extend", FilesystemError("the kernel said no", number))
+    with pytest.raises(FilesystemError, match="the kernel said no") as caught:
+        guest.engine.hold(2 * GIB)
+    assert caught.value.errno == number
+    assert guest.disk.faults.calls["extend"] == 1
+
+
+def test_a_read_only_filesystem_is_left_alone(guest: Guest) -> None:
+    guest.disk.read_only = True
+    with pytest.raises(FilesystemError, match="read-only") as caught:
+        guest.engine.hold(2 * GIB)
+    assert (caught.value.errno, caught.value.kind) == (errno.EROFS, Kind.PRECONDITION)
+
+
+@pytest.mark.parametrize("what", ["resize", "balance", "balance paused"])
+def test_nothing_is_taken_while_chunks_move(guest: Guest, what: str) -> None:
+    guest.engine.hold(3 * GIB)
+    guest.disk.exclusive_operation = what
+    with pytest.raises(FilesystemError, match=what) as caught:
+        guest.engine.hold(2 * GIB)
+    assert (caught.value.errno, caught.value.kind) == (errno.EBUSY, Kind.BUSY)
+    assert guest.engine.hold(4 * GIB).deflated > 0, "giving back is always allowed"
+
+
+def test_freed_blocks_are_handed_back_before_the_balloon_takes_their_place(guest: Guest) -> None:
+    guest.disk.write(2 * GIB)
+    guest.disk.delete(GIB)
+    guest.engine.hold(GIB)
+    assert guest.disk.untrimmed == 0
+    assert guest.disk.faults.calls["trim"] == 1
+
+
+def short_of_metadata() -> Guest:
+    """A guest whose balloon holds all the room there is, with metadata about to run out."""
+    guest = Guest()
+    guest.engine.hold(0)
+    (metadata,) = guest.disk.of("metadata")
+    guest.disk.write(guest.available)
+    metadata.used = metadata.length - 10 * MIB
+    return guest
+
+
+def test_metadata_gets_a_chunk_of_the_balloon_before_it_starves() -> None:
+    guest = short_of_metadata()
+    before = guest.balloon.size()
+    given_back, soon = guest.engine.guard(GIB, 0)
+    assert 0 < given_back <= guest.disk.data_chunk
+    assert soon
+    assert guest.balloon.size() == before - given_back
+    assert guest.filesystem.space().unallocated >= given_back, "room for a metadata chunk, now"
+    assert guest.engine.guard(GIB, given_back) == (0, True), "once"
+
+
+def test_metadata_gets_no_more_than_the_budget_and_nothing_while_chunks_move() -> None:
+    guest = short_of_metadata()
+    assert guest.engine.guard(GIB, GIB) == (0, True)
+    guest.disk.exclusive_operation = "balance"
+    assert guest.engine.guard(GIB, 0)[0] == 0
+
+
+def test_empty_chunks_go_to_metadata_before_the_balloon_does() -> None:
+    guest = short_of_metadata()
+    guest.disk.delete(guest.disk.data_chunk)
+    before = guest.balloon.size()
+    while guest.filesystem.space().data_free < guest.disk.data_chunk or not any(
+        not chunk.used and not chunk.held for chunk in guest.disk.of("data")
+    ):
+        guest.balloon.shrink(guest.disk.data_chunk)
+        before = guest.balloon.size()
+    assert guest.engine.guard(GIB, 0)[0] == 0
+    assert guest.balloon.size() == before
+    assert guest.filesystem.space().unallocated > 0
+
+
+def test_with_headroom_nobody_looks_soon(guest: Guest) -> None:
+    guest.engine.hold(GIB)
+    (metadata,) = guest.disk.of("metadata")
+    metadata.length, metadata.used = 10 * GIB, 0
+    assert guest.engine.guard(GIB, 0) == (0, False)
+
+
+def test_what_was_given_counts_even_if_the_chunk_cannot_be_handed_back() -> None:
+    guest = short_of_metadata()
+    guest.disk.faults.fail("reclaim_empty_chunks", FilesystemError("no room", errno.ENOSPC))
+    assert guest.engine.guard(GIB, 0)[0] > 0
+
+
+def test_the_layout_counts_the_balloon_into_its_chunks(guest: Guest) -> None:
+    guest.disk.write(300 * MIB)
+    guest.engine.hold(GIB)
+    layout = guest.engine.layout()
+    assert sum(chunk.balloon for chunk in layout.chunks) == guest.balloon.size()
+    assert all(0 <= chunk.balloon <= chunk.used <= chunk.length for chunk in layout.chunks)
+
+
+def test_vacated_chunks_are_given_back_and_counted(guest: Guest) -> None:
+    guest.engine.hold(GIB)
+    chunk = max((c for c in guest.engine.layout().chunks if c.vacant), key=lambda c: c.balloon)
+    before = guest.balloon.size()
+    assert guest.engine.vacate((chunk,)) == chunk.balloon
+    assert guest.balloon.size() == before - chunk.balloon
+    assert guest.engine.deflated_total == chunk.balloon
+
+
+def test_prepare_touches_nothing_where_metadata_has_room(guest: Guest) -> None:
+    assert guest.engine.prepare() == ""
+    (metadata,) = guest.disk.of("metadata")
+    metadata.length = 8 * MIB
+    assert "metadata chunks grown" in guest.engine.prepare()
+    guest.disk.read_only = True
+    assert guest.engine.prepare() == ""

@@ -1,0 +1,105 @@
+"""One report, one move: the balloon neither overshoots nor twitches, and costs the host nothing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from lab.loop import Guest, fill
+from storaged.rpc.proto import vm_guest_pb2
+from storaged.units import GIB, MIB
+from tests.btrfs import support
+from tests.btrfs.conftest import MakeDaemon, MakeGuest
+from tests.btrfs.support import Figures, Sampler, available, held, report_for, writing
+
+pytestmark = pytest.mark.btrfs
+UNSETTLED = 2 * MIB  # what a writer may move between two looks
+
+
+@pytest.mark.parametrize("rate", [0, 20 * MIB, 200 * MIB])
+def test_no_report_inflates_twice(rate: int, make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    guest = make_guest(4 * GIB)
+    fill(guest.mountpoint / "data", 100 * MIB)
+    daemon = make_daemon(guest)
+    chunk = daemon.report().filesystem.data_chunk_bytes
+    for limit in (3 * GIB, 2 * GIB, GIB, 600 * MIB):
+        if rate:
+            with writing(guest, rate), Sampler(lambda: held(guest)) as seen:
+                assert daemon.report_free(report_for(limit)) == vm_guest_pb2.SUCCESS
+        else:
+            with Sampler(lambda: held(guest)) as seen:
+                assert daemon.report_free(report_for(limit)) == vm_guest_pb2.SUCCESS
+        final = held(guest)
+        figures.note(rate=rate, limit=limit, final=final, most=max(seen.values), samples=seen.samples)
+        assert seen.samples > 2
+        assert max(seen.values) <= final + chunk
+
+
+def test_the_same_report_again_moves_nothing(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    guest = make_guest(2 * GIB)
+    support.half_holes(guest, 60 * MIB)
+    daemon = make_daemon(guest)
+    assert daemon.report_free(report_for(400 * MIB)) == vm_guest_pb2.SUCCESS
+    size, shown = held(guest), available(guest)
+    for _ in range(20):
+        assert daemon.report_free(report_for(400 * MIB)) == vm_guest_pb2.SUCCESS
+        assert abs(held(guest) - size) <= MIB
+        assert abs(available(guest) - shown) <= 2 * MIB
+
+
+def _on_host(guest: Guest) -> int:
+    """What the image costs its host once everything written has arrived there."""
+    support.sync(guest)
+    with guest.image.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_blocks * 512
+
+
+@pytest.mark.parametrize("holed", [False, True])
+def test_inflating_costs_the_host_nothing(
+    holed: bool, make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures
+) -> None:
+    guest = make_guest(4 * GIB)
+    if holed:
+        support.half_holes(guest, 100 * MIB)
+    daemon = make_daemon(guest)
+    # The first one makes the subvolume, and what the kernel writes once.
+    assert daemon.report_free(report_for(3 * GIB)) == vm_guest_pb2.SUCCESS
+    for limit in (2 * GIB, GIB, 100 * MIB, 0):
+        before = _on_host(guest)
+        assert daemon.report_free(report_for(limit)) == vm_guest_pb2.SUCCESS
+        grown = _on_host(guest) - before
+        figures.note(holed=holed, limit=limit, host_growth=grown)
+        # Its extents lie in trees that are copied on write; between them, the kernel's discards are late.
+        assert grown <= (4 * MIB if holed else MIB)
+
+
+def test_deflating_gives_all_of_it_back_step_by_step(
+    make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures
+) -> None:
+    # Punching a part out of an extent frees nothing until all of the extent is punched.
+    guest = make_guest(4 * GIB)
+    daemon = make_daemon(guest)
+    assert daemon.report_free(report_for(0)) == vm_guest_pb2.SUCCESS
+    moved = daemon.report().balloon.deflated_bytes_total
+    for limit in range(8 * MIB, 120 * MIB, 8 * MIB):
+        with Sampler(lambda: available(guest)) as seen:
+            assert daemon.report_free(report_for(limit)) == vm_guest_pb2.SUCCESS
+        figures.note(deflate_to=limit, shown=available(guest), most=max(seen.values))
+        assert limit - 2 * MIB <= available(guest) <= limit + 16 * MIB
+    moved = daemon.report().balloon.deflated_bytes_total - moved
+    figures.note(deflated_for_112_mib=moved)
+
+
+def test_what_the_balloon_leaves_behind_is_nobodys_data(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    # The bound must not know how often the balloon went up and down: nobody has written a byte.
+    guest = make_guest(4 * GIB)
+    daemon = make_daemon(guest)
+    assert daemon.report_free(report_for(0)) == vm_guest_pb2.SUCCESS
+    fresh = daemon.minimum()
+    for limit in (2 * GIB, 100 * MIB, 300 * MIB, 130 * MIB, GIB, 900 * MIB):
+        assert daemon.report_free(report_for(limit)) == vm_guest_pb2.SUCCESS
+    report = daemon.report()
+    assert report.filesystem.data_used_bytes - held(guest) <= MIB, "pinned by the balloon, but not seen in it"
+    assert report.bounds.minimum_size <= fresh, report.bounds.why

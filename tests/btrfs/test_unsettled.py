@@ -1,0 +1,141 @@
+"""When the balloon cannot get to its target: it says why, everywhere, and settles by itself once it can."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+from lab.daemon import Daemon
+from lab.loop import Guest, fill, run
+from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
+from storaged.units import GIB, MIB
+from tests.btrfs import support
+from tests.btrfs.conftest import MakeDaemon, MakeGuest
+from tests.btrfs.support import SUBVOLUME, Figures, available, metric, report_for
+
+pytestmark = pytest.mark.btrfs
+METRICS = ("--metrics", "127.0.0.1:0")
+
+
+def _pause_a_balance(guest: Guest) -> None:
+    """Leave a paused balance behind; it has moved little."""
+    command = ["btrfs", "balance", "start", "--full-balance", str(guest.mountpoint)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as balance:
+        until = time.monotonic() + 20
+        while time.monotonic() < until and balance.poll() is None:
+            paused = subprocess.run(["btrfs", "balance", "pause", guest.mountpoint], capture_output=True, check=False)
+            if paused.returncode == 0:
+                break
+            time.sleep(0.002)
+    status = subprocess.run(
+        ["btrfs", "balance", "status", guest.mountpoint], capture_output=True, text=True, check=False
+    ).stdout
+    assert "is paused" in status
+
+
+def _fails(daemon: Daemon, limit: int, *words: str) -> None:
+    """A report is answered with failure, and the reason stands everywhere it should."""
+    assert daemon.report_free(report_for(limit)) == vm_guest_pb2.BALLOON_INFLATE_FAILED
+    report = daemon.report()
+    assert report.balloon.state == storaged_v1_pb2.BALLOON_FAILED
+    for word in words:
+        assert word in report.balloon.failure_reason
+    assert report.balloon.limit_bytes == limit
+    assert report.balloon.HasField("retry_in_s")
+    log = daemon.log.read_text(encoding="utf-8")
+    assert f"the balloon is not at its target: {report.balloon.failure_reason}" in log
+    assert metric(daemon, 'storaged_balloon_state{state="failed"}') == 1.0
+    assert metric(daemon, 'storaged_balloon_updates_total{result="failed"}') >= 1.0
+
+
+def _settles(daemon: Daemon, guest: Guest, limit: int, figures: Figures, cause: str) -> None:
+    """Without another word from the host."""
+    took = support.until(lambda: daemon.report().balloon.state == storaged_v1_pb2.BALLOON_IDLE)
+    figures.note(cause=cause, settled_after_s=round(took, 2))
+    assert abs(available(guest) - limit) <= 16 * MIB
+    assert daemon.report().balloon.failure_reason == ""
+    assert metric(daemon, 'storaged_balloon_state{state="failed"}') == 0.0
+    assert "the balloon is at its target again" in daemon.log.read_text(encoding="utf-8")
+
+
+def test_a_paused_balance(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    guest = make_guest(3 * GIB)
+    for index in range(6):
+        fill(guest.mountpoint / f"data{index}", 120 * MIB)
+    daemon = make_daemon(guest, *METRICS)
+    assert daemon.report_free(report_for(GIB)) == vm_guest_pb2.SUCCESS
+    _pause_a_balance(guest)
+    _fails(daemon, 300 * MIB, "balance")
+    # What needs no room is done all the same, and is no failure.
+    assert daemon.report_free(report_for(GIB + 200 * MIB)) == vm_guest_pb2.SUCCESS
+    assert available(guest) >= GIB + 150 * MIB
+    _fails(daemon, 300 * MIB, "balance")
+    run("btrfs", "balance", "cancel", guest.mountpoint)
+    _settles(daemon, guest, 300 * MIB, figures, "balance")
+
+
+def test_a_filesystem_mounted_read_only(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    guest = make_guest(GIB)
+    run("mount", "-o", "remount,ro", guest.mountpoint)
+    daemon = make_daemon(guest, *METRICS)
+    _fails(daemon, 300 * MIB, "read-only")
+    assert daemon.report().filesystem.read_only
+    run("mount", "-o", "remount,rw", guest.mountpoint)
+    _settles(daemon, guest, 300 * MIB, figures, "read-only")
+
+
+def _limit_the_subvolume(guest: Guest) -> Callable[[], object]:
+    path = guest.mountpoint / SUBVOLUME
+    run("btrfs", "qgroup", "limit", "50M", path)
+    return lambda: run("btrfs", "qgroup", "limit", "none", path)
+
+
+def _limit_a_group_above_it(guest: Guest) -> Callable[[], object]:
+    subvolume = run("btrfs", "subvolume", "list", guest.mountpoint).split()[1]
+    run("btrfs", "qgroup", "create", "1/7", guest.mountpoint)
+    run("btrfs", "qgroup", "assign", f"0/{subvolume}", "1/7", guest.mountpoint)
+    run("btrfs", "quota", "rescan", "-w", guest.mountpoint)
+    run("btrfs", "qgroup", "limit", "60M", "1/7", guest.mountpoint)
+    return lambda: run("btrfs", "qgroup", "limit", "none", "1/7", guest.mountpoint)
+
+
+@pytest.mark.parametrize("limited", [_limit_the_subvolume, _limit_a_group_above_it])
+def test_a_quota_on_the_balloon(
+    limited: Callable[[Guest], Callable[[], object]], make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures
+) -> None:
+    guest = make_guest(GIB)
+    daemon = make_daemon(guest, *METRICS)
+    assert daemon.report_free(report_for(available(guest) - 20 * MIB)) == vm_guest_pb2.SUCCESS
+    run("btrfs", "quota", "enable", guest.mountpoint)
+    run("btrfs", "quota", "rescan", "-w", guest.mountpoint)
+    lift = limited(guest)
+    _fails(daemon, 300 * MIB, "quota")
+    lift()
+    _settles(daemon, guest, 300 * MIB, figures, "quota")
+
+
+def test_a_quota_on_the_parent(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    # The parent's limit does not count the balloon, only the making of its subvolume.
+    guest = make_guest(GIB)
+    fill(guest.mountpoint / "data", 60 * MIB)
+    run("btrfs", "quota", "enable", guest.mountpoint)
+    run("btrfs", "quota", "rescan", "-w", guest.mountpoint)
+    run("btrfs", "qgroup", "limit", "10M", guest.mountpoint)
+    daemon = make_daemon(guest, *METRICS)
+    if daemon.report_free(report_for(300 * MIB)) == vm_guest_pb2.BALLOON_INFLATE_FAILED:
+        _fails(daemon, 300 * MIB, "quota")
+        run("btrfs", "quota", "disable", guest.mountpoint)  # over the limit, even lifting it is over it
+        _settles(daemon, guest, 300 * MIB, figures, "parent quota")
+    assert abs(available(guest) - 300 * MIB) <= 16 * MIB
+
+
+def test_a_squatter_on_the_name_goes_away(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    guest = make_guest(GIB)
+    daemon = make_daemon(guest, *METRICS)
+    (guest.mountpoint / SUBVOLUME).write_bytes(b"mine")
+    _fails(daemon, 300 * MIB, "balloon")
+    (guest.mountpoint / SUBVOLUME).unlink()
+    _settles(daemon, guest, 300 * MIB, figures, "squatter")

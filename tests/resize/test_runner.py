@@ -1,0 +1,219 @@
+"""The runner on the simulation: what it says happened is what happened, and it always says the last word."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storaged.balloon.engine import BalloonEngine
+from storaged.core import events as ev
+from storaged.errors import FilesystemError, Kind
+from storaged.resize.bounds import compute
+from storaged.resize.job import Job, JobState
+from storaged.resize.runner import ResizeRunner, Tell
+from storaged.sim import SimDisk, make_world
+from storaged.units import GIB, MIB, SECTOR
+
+
+class Guest:
+    """A simulated filesystem, its balloon and its runner."""
+
+    def __init__(self, size: int = 8 * GIB) -> None:
+        self.disk = SimDisk(size, device=2 * size)
+        self.world = make_world(self.disk)
+        self.engine = BalloonEngine(self.world.filesystem, self.world.balloon)
+        self.runner = ResizeRunner(
+            self.world.filesystem, self.world.resizer, self.engine, self.world.clock, poll_s=0.005
+        )
+        self.told: list[ev.Event] = []
+        self.settled = 0
+
+    def settle(self) -> None:
+        """What the daemon does before the last word."""
+        assert not any(isinstance(event, ev.JobEnded) for event in self.told)
+        self.settled += 1
+
+    def run(self, size: int, tell: Tell | None = None) -> ev.JobEnded:
+        """A job to `size`; its end."""
+        self.told.clear()
+        job = Job("a", size, self.disk.size, self.disk.size, JobState.PREPARING)
+        self.runner.run(job, tell or self.told.append, self.settle)
+        last = self.told[-1]
+        assert isinstance(last, ev.JobEnded)
+        assert sum(isinstance(event, ev.JobEnded) for event in self.told) == 1
+        assert last.current_size == self.disk.size
+        return last
+
+    def minimum(self) -> int:
+        """The bound that hosts are told."""
+        return compute(self.engine.layout(), self.engine.longest()).minimum
+
+
+@pytest.fixture
+def guest() -> Guest:
+    return Guest()
+
+
+def test_growing(guest: Guest) -> None:
+    assert guest.run(12 * GIB + 5).outcome is ev.Outcome.SUCCEEDED
+    assert guest.disk.size == 12 * GIB
+    assert guest.told[0] == ev.JobPrepared("a")
+
+
+def test_shrinking_goes_step_by_step_and_takes_the_balloons_room_first(guest: Guest) -> None:
+    guest.engine.hold(GIB)
+    most = guest.world.filesystem.space().available
+    seen: list[int] = []
+
+    def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
+        guest.told.append(event)
+        if not isinstance(event, ev.JobEnded):
+            seen.append(guest.world.filesystem.space().available)
+
+    assert guest.run(3 * GIB, tell).outcome is ev.Outcome.SUCCEEDED
+    assert guest.disk.size == 3 * GIB
+    assert guest.disk.faults.calls["resize"] > 1
+    assert guest.disk.written == 0, "nothing of the balloon was copied to the host"
+    assert max(seen) <= most + guest.disk.data_chunk, "what applications can write never jumped"
+    assert guest.settled == 1
+
+
+@given(
+    size=st.integers(256, 16 * 1024).map(lambda n: n * MIB),
+    turns=st.lists(st.tuples(st.sampled_from(["write", "delete", "hold"]), st.integers(0, 8 * GIB)), max_size=10),
+)
+def test_the_bound_that_is_told_is_reached(size: int, turns: list[tuple[str, int]]) -> None:
+    guest = Guest(size)
+    for what, amount in turns:
+        if what == "hold":
+            guest.engine.hold(amount)
+        else:
+            getattr(guest.disk, what)(amount)
+    used = sum(chunk.used for chunk in guest.disk.chunks)
+    minimum = guest.minimum()
+    if minimum >= size:
+        return
+    ended = guest.run(minimum)
+    assert (ended.outcome, ended.reason) == (ev.Outcome.SUCCEEDED, "")
+    assert guest.disk.size == minimum
+    assert sum(chunk.used for chunk in guest.disk.chunks) == used, "nobody's data is lost"
+
+
+def test_below_what_is_possible_the_size_reached_is_told(guest: Guest) -> None:
+    guest.disk.write(4 * GIB)
+    ended = guest.run(GIB)
+    assert ended.outcome is ev.Outcome.FAILED
+    assert "cannot move" in ended.reason
+    assert not guest.disk.read_only
+
+
+def test_progress_never_names_a_size_that_never_was(guest: Guest) -> None:
+    guest.engine.hold(GIB)
+    guest.run(3 * GIB)
+    sizes = [event.current_size for event in guest.told if isinstance(event, ev.JobProgressed)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 3 * GIB
+    assert all(size % SECTOR == 0 for size in sizes)
+
+
+def test_what_is_moved_is_counted(guest: Guest) -> None:
+    guest.disk.write(3 * GIB)
+    guest.disk.delete(GIB)
+    low = guest.disk.of("data")[0]
+    low.used = 0
+    ended = guest.run(guest.minimum())
+    assert ended.outcome is ev.Outcome.SUCCEEDED
+    progress = [event for event in guest.told if isinstance(event, ev.JobProgressed)]
+    assert progress[-1].moved == progress[-1].to_move
+    assert ended.moved == guest.disk.written > 0
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.ETXTBSY, errno.EPERM])
+def test_what_the_kernel_said_is_passed_on(guest: Guest, number: int) -> None:
+    guest.disk.faults.fail("resize", FilesystemError("the kernel said no", number))
+    ended = guest.run(4 * GIB)
+    assert ended.outcome is ev.Outcome.FAILED
+    assert "the kernel said no" in ended.reason
+    assert guest.disk.size == 8 * GIB
+
+
+def test_after_no_room_the_size_is_touched_once_so_that_writes_go_on(guest: Guest) -> None:
+    guest.disk.faults.fail("resize", FilesystemError("no room", errno.ENOSPC))
+    guest.run(4 * GIB)
+    assert guest.disk.faults.calls["resize"] == 3, "the failure, a sector less, and back"
+    assert guest.disk.size == 8 * GIB
+
+
+def test_a_filesystem_that_was_forced_read_only_is_named(guest: Guest) -> None:
+    guest.disk.read_only = True
+    ended = guest.run(4 * GIB)
+    assert ended.outcome is ev.Outcome.FAILED
+    assert "back up, unmount and check" in ended.reason
+
+
+def test_a_kill_from_outside_is_a_stop(guest: Guest) -> None:
+    guest.disk.faults.fail("resize", FilesystemError("the resize process was killed", errno.ECANCELED))
+    assert guest.run(4 * GIB).outcome is ev.Outcome.STOPPED
+
+
+def test_a_busy_kernel_is_waited_for(guest: Guest) -> None:
+    guest.disk.faults.fail("resize", FilesystemError("balance", errno.EINPROGRESS, Kind.BUSY))
+    assert guest.run(12 * GIB).outcome is ev.Outcome.SUCCEEDED
+
+
+def test_a_cancel_between_two_steps_keeps_the_steps_before(guest: Guest) -> None:
+    guest.engine.hold(GIB)
+
+    def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
+        guest.told.append(event)
+        if isinstance(event, ev.JobProgressed):
+            guest.runner.cancel()
+
+    ended = guest.run(3 * GIB, tell)
+    assert ended.outcome is ev.Outcome.STOPPED
+    assert 3 * GIB < guest.disk.size < 8 * GIB
+
+
+def test_a_cancel_while_the_kernel_moves_stops_it_soon(guest: Guest) -> None:
+    guest.disk.write(3 * GIB)
+    low = guest.disk.of("data")[0]
+    low.used = 0
+    guest.disk.speed = MIB
+    target = guest.minimum()
+    timer = threading.Timer(0.1, guest.runner.cancel)
+    timer.start()
+    ended = guest.run(target)
+    timer.join()
+    assert ended.outcome is ev.Outcome.STOPPED
+    assert guest.disk.exclusive_operation == "none"
+
+
+def test_a_cancel_without_a_job_does_nothing(guest: Guest) -> None:
+    guest.runner.cancel()
+    assert guest.run(12 * GIB).outcome is ev.Outcome.SUCCEEDED
+
+
+@pytest.mark.xfail(reason="an error in _heal(), or one nobody foresaw, leaves run() before JobEnded was told")
+@pytest.mark.parametrize("unforeseen", [False, True])
+def test_the_last_word_is_said_whatever_happened(guest: Guest, unforeseen: bool) -> None:
+    if unforeseen:
+        guest.disk.faults.fail("resize", ZeroDivisionError())  # type: ignore[arg-type]  # not what it should raise
+    else:
+        guest.disk.faults.fail("resize", FilesystemError("no room", errno.ENOSPC))
+        guest.disk.faults.fail("space", FilesystemError("broken", errno.EIO))
+    try:
+        guest.run(4 * GIB)
+    except (FilesystemError, ZeroDivisionError):
+        pytest.fail("it was not said")
+
+
+@pytest.mark.xfail(reason="a shrink that was refused before the kernel was asked is healed too: it moves a chunk")
+def test_nothing_is_healed_that_was_not_tried(guest: Guest) -> None:
+    guest.disk.write(guest.world.filesystem.space().available)
+    ended = guest.run(GIB)
+    assert ended.outcome is ev.Outcome.FAILED
+    assert guest.disk.faults.calls["resize"] == 0
