@@ -1,155 +1,164 @@
-"""`make demo`: a full host disk, two guests, balloons, resizes and a crash, for real; `--sim` where that cannot be.
+"""`make demo`: the main job, for real, in under a minute.
 
-Exit code: 0 when every claim held, 1 when not, 2 wrong use, 128 + signal when it was stopped.
+A host's disk of 4 GiB carries the sparse images of two guests that were promised 4 GiB each. The host fills up, a guest
+writes at full speed, files are deleted, a guest is resized, a daemon is killed. Every claim is checked.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-    from demo.story import Story
+from demo import scenes, sim
+from demo.screen import Screen
+from demo.world import Host, Member, build_host, build_member
+from lab.loop import PREFIX, clear, run, sweep, workspace
 
-FAILED, MISUSED = 1, 2
-MIB = 1 << 20
-QUICK, FULL = 512 * MIB, 1024 * MIB
-
-
-class Stopped(BaseException):
-    """A signal asks for the end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+KEPT = "kept.json"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="make demo ARGS=…", description="A full host disk, two guests, balloons, resizes and a crash, for real."
-    )
-    parser.add_argument("--sim", action="store_true", help="simulated guests; needs no root, no btrfs")
-    parser.add_argument("--quick", action="store_true", help="everything at half the size")
-    parser.add_argument("--keep", action="store_true", help="leave all of it running in the end")
-    parser.add_argument("--clear", action="store_true", help="clear what --keep left, and do nothing else")
-    parser.add_argument("--seed", type=int, default=1, help="for the contents of the files (default 1)")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the disks lie")
-    parser.add_argument("--svg", type=Path, metavar="PATH", help="also write the last screens there as a picture")
-    parser.add_argument("--share", nargs="+", help=argparse.SUPPRESS)
-    return parser
+class Interrupted(Exception):
+    """SIGTERM, as an exception so that everything is cleaned up."""
 
 
-def _stop(number: int, _: object) -> NoReturn:
-    # Once is enough: nothing may disturb the clearing up, here or in the programs it runs.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
-
-
-def _real(story: Story, arguments: argparse.Namespace) -> list[RenderableType]:
-    from demo import scenes
-    from demo.world import RealWorld
-
-    screen = story.screen
-    screen.say("storaged demo: a real disk, real btrfs, a real storaged in each guest", "bold")
-    with RealWorld(arguments.dir, QUICK if arguments.quick else FULL, arguments.seed) as world:
-        world.make()
-        with screen.watching(world):
-            scenes.prepare(story, world)
-            for guest in world.guests:
-                story.say(f"metrics of {guest.name}: curl http://{guest.metrics}/metrics")
-            scenes.play(story, world)
-            rows, totals = scenes.ending(story, world, keep=arguments.keep)
-        parts = screen.table(rows, totals)
-        if arguments.keep:
-            world.keep()
-            screen.say("\nAll of it is still running:")
-            for guest in world.guests:
-                screen.say(f"  {guest.name}: storagectl --guest {guest.daemon.address} watch", "")
-                screen.say(f"           {guest.disk.mountpoint}")
-                screen.say(f"           curl http://{guest.metrics}/metrics")
-            screen.say(f"  the host's disk: df -h {world.host}")
-            screen.say("To clear it: make demo ARGS=--clear")
-    return parts
-
-
-def _simulated(story: Story, arguments: argparse.Namespace, why: str) -> list[RenderableType]:
-    from demo import simulated
-
-    screen = story.screen
-    screen.say("storaged demo, SIMULATED: real daemons, but their filesystems and the host's disk are made up", "bold")
-    if why:
-        screen.say(f"  (the real one cannot run here: {why})")
-    with simulated.SimWorld(arguments.dir, QUICK if arguments.quick else FULL) as world:
-        with screen.watching(world):
-            for guest in world.guests:
-                story.say(f"metrics of {guest.name}: curl http://{guest.metrics}/metrics")
-            simulated.play(story, world)
-            rows, totals = simulated.ending(story, world)
-        return screen.table(rows, totals)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the demo; the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if not arguments.dir.is_dir():
-        parser.error(f"--dir {arguments.dir} is no directory")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a daemon that is killed on purpose is no news
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from demo import screen as screens
-    from demo import world as worlds
-    from demo.story import Story
-
-    if arguments.share:
-        path, unit, *sockets = arguments.share
-        worlds.share_for_ever(Path(path), int(unit), [Path(each) for each in sockets])
-        return 0
-    cleared = worlds.sweep(arguments.dir, kept=arguments.clear)
-    if arguments.clear:
-        print(f"cleared {cleared} demos" if cleared != 1 else "cleared 1 demo")
-        return 0
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, _stop)
-    unit = QUICK if arguments.quick else FULL
-    why = "" if arguments.sim else worlds.why_not(arguments.dir, 5 * unit)
-    story = Story(screens.Screen(), scenes=5)
+def why_not_real() -> str:
+    """Why this machine cannot show the real thing; empty when it can."""
+    if os.geteuid() != 0:
+        return "it needs root"
+    if not Path("/dev/loop-control").exists():
+        return "it needs loop devices"
     try:
-        if arguments.sim or why:
-            parts = _simulated(story, arguments, why)
+        with workspace() as directory:
+            image = directory / "probe.img"
+            with image.open("wb") as file:
+                file.truncate(256 << 20)
+            run("mkfs.btrfs", "-q", image)
+            (directory / "probe").mkdir()
+            run("mount", "-o", "loop", image, directory / "probe")
+    except (RuntimeError, OSError) as error:
+        return f"btrfs does not work here: {error}"
+    return ""
+
+
+@contextlib.contextmanager
+def stage(*, keep: bool) -> Iterator[Path]:
+    """A workspace that is cleared on the way out, unless it is to be kept and all went well."""
+    if not keep:
+        with workspace() as directory:
+            yield directory
+        return
+    directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+    try:
+        yield directory
+    except BaseException:
+        clear(directory)
+        raise
+
+
+def clear_kept(under: Path) -> int:
+    """Stop and remove what `--keep` left; how many stages there were."""
+    count = 0
+    for note in under.glob(f"{PREFIX}*/{KEPT}"):
+        for pid in json.loads(note.read_text(encoding="utf-8")):
+            with contextlib.suppress(OSError):
+                # Ours only: the number may belong to somebody else by now.
+                if b"storaged" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGTERM)
+        time.sleep(1)
+        clear(note.parent)
+        count += 1
+    return count
+
+
+def real(screen: Screen, *, keep: bool) -> list[str]:
+    """All acts; the claims that did not hold."""
+    with stage(keep=keep) as directory, contextlib.ExitStack() as cleanup:
+        with screen:
+            screen.say("setting the stage: a host's disk, two guests, a storaged in each")
+            disk = build_host(directory)
+            members: list[Member] = []
+            for name in ("a", "b"):
+                member = build_member(directory, disk, name)
+                members.append(member)
+                cleanup.callback(member.daemon.kill)
+                member.daemon.start()
+            host = Host(disk, members)
+            cleanup.callback(host.stop)
+            play = scenes.Play(screen, host, members[0], members[1])
+            stop = threading.Event()
+            painter = threading.Thread(target=play.watch, args=(stop,), daemon=True)
+            painter.start()
+            try:
+                for act in scenes.ACTS:
+                    act(play)
+            finally:
+                stop.set()
+                painter.join()
+        host.stop()
+        scenes.summary(play)
+        for member in members:
+            screen.console.print(
+                f"metrics of guest {member.name}: curl http://{member.metrics}/metrics", soft_wrap=True
+            )
+        if keep:
+            cleanup.pop_all()
+            (directory / KEPT).write_text(json.dumps([member.daemon.pid for member in members]), encoding="utf-8")
+            for member in members:
+                screen.console.print(
+                    f"guest {member.name}: storagectl --guest {member.daemon.address} status", soft_wrap=True
+                )
+            screen.console.print("left running; `make demo ARGS=--clear` removes it", soft_wrap=True)
+    return play.failed
+
+
+def main() -> int:
+    """0 when every claim held."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sim", action="store_true", help="on a simulated filesystem, without root")
+    parser.add_argument("--keep", action="store_true", help="leave everything running")
+    parser.add_argument("--clear", action="store_true", help="remove what --keep left, and stop")
+    parser.add_argument("--svg", metavar="FILE", type=Path, help="also save what is printed as a picture")
+    arguments = parser.parse_args()
+
+    def interrupted(*_: object) -> None:
+        raise Interrupted
+
+    signal.signal(signal.SIGTERM, interrupted)
+    kept = clear_kept(Path(tempfile.gettempdir()))
+    sweep()
+    if arguments.clear:
+        print(f"demo: {kept} kept stage(s) removed")
+        return 0
+    screen = Screen(record=arguments.svg is not None)
+    reason = "" if arguments.sim else why_not_real()
+    try:
+        if arguments.sim or reason:
+            if reason:
+                screen.console.print(f"demo: simulated, because {reason}")
+            with workspace() as directory:
+                failed = sim.play(screen, directory)
         else:
-            parts = _real(story, arguments)
-    except Stopped as stopped:
-        story.screen.say("stopped, and cleared up")
-        return 128 + stopped.number
-    except RuntimeError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return FAILED
-    return _verdict(story, parts, arguments.svg)
-
-
-def _verdict(story: Story, parts: list[RenderableType], svg: Path | None) -> int:
-    from rich.text import Text
-
-    from demo.screen import save_svg
-
-    claims = story.held + len(story.failures)
-    verdict = f" {story.held} of {claims} claims held, in {story.screen.elapsed()}"
-    style = "bold red" if story.failures else "bold green"
-    story.screen.say(verdict, style)
-    for failure in story.failures:
-        story.screen.say(f"  ✗ {failure}", "red")
-    if svg is not None:
-        shown = [story.screen.tightest or Text(), *parts, Text(verdict, style=style)]
-        save_svg(svg, shown, "make demo")
-    return FAILED if story.failures else 0
+            failed = real(screen, keep=arguments.keep)
+    except (KeyboardInterrupt, Interrupted):
+        print("demo: stopped; everything is cleaned up", file=sys.stderr)
+        return 130
+    if arguments.svg is not None:
+        screen.save_svg(arguments.svg)
+    for claim in failed:
+        print(f"demo: did not hold: {claim}", file=sys.stderr)
+    screen.console.print("demo: every claim held" if not failed else f"demo: {len(failed)} claim(s) did not hold")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,259 +1,228 @@
-"""The scenes on a real host disk with real guests."""
+"""The acts. Each says what happens, and checks what it claims."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
+from dataclasses import dataclass, field
 
-from demo.files import Files
-from demo.host import HostFile
-from demo.screen import describe
-from demo.story import Story, wait_until
-from demo.world import RealWorld
-from lab.daemon import Daemon
-from lab.loop import run
-from storaged.rpc.proto import storaged_v1_pb2 as pb
-from storaged.rpc.proto import vm_guest_pb2
-from storaged.units import MIB, format_duration, format_size, sector_ceil
+import grpc
 
-SCENES = 5
-SLACK = 8 * MIB
-"""Statvfs and the daemon's own accounting differ by less."""
+from demo.screen import Bar, Screen, gib
+from demo.world import HOST_DISK, HOST_KEEPS, PROMISED, Host, Member
+from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
+from storaged.units import GIB, MIB, SECTOR, format_duration
+
+WITHIN_S = 60.0
 
 
-def prepare(story: Story, world: RealWorld) -> None:
-    """Guest B has a past: it wrote a lot and deleted the first part of it, so that the rest lies high on its disk."""
-    _, b = world.guests
-    wanted = world.unit * 9 // 8 // b.files.size
-    for _ in range(wanted):
-        b.files.write()
-    deleted = b.files.delete(lambda position: position < wanted * 2 // 3)
-    run("fstrim", b.disk.mountpoint)  # as a guest does at night
-    story.say(f"guest B wrote {format_size(wanted * b.files.size)} and deleted {format_size(deleted)} of it")
+@dataclass(slots=True)
+class Play:
+    """Everything the acts share."""
 
+    screen: Screen
+    host: Host
+    a: Member
+    b: Member
+    failed: list[str] = field(default_factory=list)
+    returned: int = 0
 
-def promises(story: Story, world: RealWorld) -> None:
-    view = world.look()
-    promised = sum(guest.size for guest in view.guests)
-    story.scene(
-        f"Two guests are promised {format_size(promised)} of a {format_size(view.host.size)} disk",
-        "look at: the balloons, and what the guests have available in the end",
-    )
-    story.say(f"before: together they believe they can write {format_size(view.writable)}")
-    for guest in world.guests:
-        guest.daemon.start()
-        guest.watcher.start()
-        guest.lease.start()
-    held = all([guest.lease.settle() for guest in world.guests])
-    story.claim(held, "both balloons are where the host wants them")
-    _truth(story, world, "now they can write")
+    def check(self, claim: str, held: bool) -> None:
+        """Say whether a claim held; a broken one fails the demo."""
+        self.screen.say(("✓ " if held else "✗ ") + claim, "green" if held else "bold red")
+        if not held:
+            self.failed.append(claim)
 
-
-def _truth(story: Story, world: RealWorld, text: str) -> None:
-    view = world.look()
-    story.claim(
-        view.writable <= view.host.free,
-        f"{text} {format_size(view.writable)}; the host has {format_size(view.host.free)}",
-    )
-
-
-def filling(story: Story, world: RealWorld) -> None:
-    a, _ = world.guests
-    most = world.unit * 5 // 4
-    story.scene(
-        "The host's disk fills up while guest A writes as fast as it can",
-        "look at: A's available goes to nothing, the host always has something free",
-    )
-    host_file = HostFile(world.host / "host-data", most, rate=world.unit // 5)
-    host_file.start()
-    began, first = time.monotonic(), True
-    try:
-        while time.monotonic() - began < 40:
-            if a.files.write():
+    def draw(self) -> None:
+        """Bring the bars up to date."""
+        free = self.host.free()
+        costs = [member.guest.image.stat().st_blocks * 512 for member in (self.a, self.b)]
+        others = max(HOST_DISK - free - sum(costs), 0)
+        bars = [Bar("host", HOST_DISK, [("█", "cyan", sum(costs)), ("▒", "blue", others)], f"{gib(free)} free")]
+        for member, cost in zip((self.a, self.b), costs, strict=True):
+            try:
+                report = member.daemon.storage.GetReport(storaged_v1_pb2.GetReportRequest(), timeout=2)
+            except (grpc.RpcError, AssertionError, ValueError):
                 continue
-            if a.files.errors:
-                break
-            if first:
-                first = False
-                story.say(
-                    f'guest A meets "no space left" after {format_size(a.files.written)};'
-                    f" the host has {format_size(world.host_free())}"
-                )
-            if host_file.done and world.sharing.share() < 2 * a.files.size:
-                break
-            time.sleep(0.3)
-    finally:
-        host_file.stop()
-    rate = a.files.written / (time.monotonic() - began)
-    story.say(
-        f"host file {format_size(host_file.written)}, guest A {format_size(a.files.written)}, {format_size(rate)}/s"
-    )
-    story.claim(a.files.no_space > 0, f'guest A was told "no space left" in time, {a.files.no_space} times')
-    story.claim(not a.files.errors, f"guest A met no other error{''.join(f' ({e})' for e in a.files.errors[:1])}")
-    story.claim(
-        host_file.written == most and not host_file.error,
-        f"the host could write all of its own {format_size(most)}{host_file.error and ': ' + host_file.error}",
-    )
-    for guest in world.guests:
-        guest.lease.settle()
-    _truth(story, world, "all guests can write")
-    whole = a.files.whole()
-    story.claim(whole == len(a.files.hashes), f"read back from disk: {whole} of {len(a.files.hashes)} files are whole")
+            fs = report.filesystem
+            held = report.balloon.size_bytes
+            used = max(fs.data_used_bytes - held, 0)
+            parts = [("█", "cyan", used), ("▓", "magenta", held), ("░", "green", fs.available_bytes)]
+            bars.append(Bar(f"guest {member.name}", fs.size_bytes, parts, f"costs {gib(cost)}"))
+        self.screen.bars = bars
+
+    def watch(self, stop: threading.Event) -> None:
+        """Keep the bars up to date until `stop`."""
+        while not stop.wait(0.25):
+            self.draw()
 
 
-def deleting(story: Story, world: RealWorld) -> None:
-    a, _ = world.guests
-    story.scene("Guest A deletes three of four files", "look at: its image shrinks, the host's free space comes back")
+def promises(play: Play) -> None:
+    """Balloons inflate to what the host can really give."""
+    play.screen.scene(f"1. Two guests were promised {gib(2 * PROMISED)} on a disk of {gib(HOST_DISK)}")
+    before = [member.daemon.available() for member in (play.a, play.b)]
+    play.host.share()
+    play.host.start()
+    after = [member.daemon.available() for member in (play.a, play.b)]
+    for member, old, new in zip((play.a, play.b), before, after, strict=True):
+        held = member.daemon.report().balloon.size_bytes
+        play.screen.say(f"guest {member.name} believed in {gib(old)}, may write {gib(new)}: balloon {gib(held)}")
+    free = play.host.free()
+    play.check(
+        f"together they may write {gib(sum(after))}; the host has {gib(free)} and keeps {gib(HOST_KEEPS)}",
+        sum(after) <= free - HOST_KEEPS + 64 * MIB,
+    )
+
+
+def fills_up(play: Play) -> None:
+    """The host's disk fills up while a guest writes at full speed."""
+    play.screen.scene("2. The host fills up while guest a writes at full speed")
+    done = threading.Event()
+
+    def write() -> None:
+        play.a.write(PROMISED, "busy", done)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    burst = threading.Thread(target=play.host.grow_file, args=("other-data", 1500 * MIB, 300 * MIB))
+    begun = time.monotonic()
+    writer.start()
+    burst.start()
+    burst.join()
+    done.wait(WITHIN_S)
+    done.set()
+    writer.join()
+    took = format_duration(time.monotonic() - begun)
+    play.screen.say(f"{gib(len(play.a.files) * 24 * MIB)} of durable files were written in {took}")
+    play.check(f"guest a met “no space left on device” {play.a.enospc} time(s)", play.a.enospc > 0)
+    play.check("it met no I/O error", play.a.io_errors == 0)
+    least = gib(play.host.least_free)
+    play.check(
+        f"the host never ran out: at its worst it had {least}", play.host.enospc == 0 and play.host.least_free > 0
+    )
+
+
+def gives_back(play: Play) -> None:
+    """Deleted files' blocks go back to the host."""
+    play.screen.scene("3. Guest a deletes half of its files")
     os.sync()
-    cost, free = a.cost(), world.host_free()
-    deleted = a.files.delete(lambda position: position % 4 != 0)
-    trimmed = a.daemon.storage.Trim(pb.TrimRequest(reclaim_empty_chunks=True), timeout=60).trimmed_bytes
-    enough = wait_until(lambda: cost - a.cost() >= deleted * 9 // 10, 15)
-    story.returned += max(cost - a.cost(), 0)
-    story.say(f"{format_size(deleted)} deleted; the kernel discarded {format_size(trimmed)} of free room")
-    story.claim(enough, f"its image costs the host {format_size(a.cost())}, before it was {format_size(cost)}")
-    gained = wait_until(lambda: world.host_free() - free >= deleted * 8 // 10, 5)
-    story.claim(gained, f"the host has {format_size(world.host_free())} free, before it was {format_size(free)}")
-    story.claim(
-        all([guest.lease.settle() for guest in world.guests]), "both balloons followed: each guest has its share again"
-    )
-    _truth(story, world, "all guests can write")
+    cost, free = play.a.guest.host_bytes(), play.host.free()
+    deleted = play.a.delete(0.5)
+    request = storaged_v1_pb2.TrimRequest(reclaim_empty_chunks=True)
+    play.a.daemon.storage.Trim(request, timeout=WITHIN_S)
+    until = time.monotonic() + WITHIN_S
+    while cost - play.a.guest.host_bytes() < deleted * 9 // 10 and time.monotonic() < until:
+        time.sleep(0.2)
+    back = cost - play.a.guest.host_bytes()
+    play.returned += back
+    play.screen.say(f"its image cost {gib(cost)}, now {gib(cost - back)}")
+    play.screen.say(f"the host had {gib(free)} free, now {gib(play.host.free())}")
+    play.check(f"of {gib(deleted)} deleted, {gib(back)} went back to the host", back >= deleted * 9 // 10)
 
 
-def resizing(story: Story, world: RealWorld) -> None:
-    _, b = world.guests
-    story.scene(
-        "Guest B is shrunk, online, then grown again",
-        "look at: first the filesystem, then the image; the other way back",
+def resizes(play: Play) -> None:
+    """A guest is shrunk to its bound and grown again, in the right order with its image."""
+    b = play.b
+    play.screen.scene("4. Guest b is made smaller, then larger")
+    until = time.monotonic() + WITHIN_S
+    while b.daemon.available() < 400 * MIB and time.monotonic() < until:
+        time.sleep(0.1)  # the host shares what guest a gave back
+    b.write(384 * MIB, "first")
+    b.delete(0.5)
+    b.write(120 * MIB, "second")
+    b.delete(0.25)
+    # Small, and on a whole sector: an image has whole sectors.
+    target = -(-max(b.daemon.minimum(), GIB) // SECTOR) * SECTOR
+    with play.host.silent():
+        job = _follow(play, target)
+    size = b.daemon.status().current_size
+    play.check(
+        f"shrunk from {gib(PROMISED)} to {gib(target)}: {gib(job.moved_bytes)} moved"
+        f" in {format_duration(_seconds(job))}",
+        size == target and job.state == storaged_v1_pb2.JOB_DONE,
     )
-    bounds = b.daemon.report().bounds
-    target = sector_ceil(bounds.minimum_size)
-    size = b.size()
-    story.say(f"from {format_size(size)} it can go to {format_size(target)}")
-    story.claim(256 * MIB <= target < size, "the guest offers a size to shrink to")
-    before = b.cost()
-    world.sharing.held_back = len(b.files.hashes) * b.files.size  # a shrink writes what it moves
-    b.lease.settle()
-    job = resize(story, b.daemon, target)
-    world.sharing.held_back = 0
-    took = format_duration(_seconds(job))
-    story.claim(
-        job.state == pb.JOB_DONE and b.daemon.status().current_size == target,
-        f"the filesystem has {format_size(target)} after {took}, {format_size(job.moved_bytes)} moved"
-        + (f" ({job.reason})" if job.reason else ""),
-    )
-    b.daemon.storage.Trim(pb.TrimRequest(), timeout=60)
-    b.disk.resize_image(target)
-    seen = wait_until(lambda: b.daemon.report().filesystem.device_bytes == target, 5)
-    story.returned += max(before - b.cost(), 0)
-    story.claim(seen and b.disk.image.stat().st_size == target, "then its image was cut to exactly that")
-    whole = b.files.whole()
-    story.claim(whole == len(b.files.hashes), f"{whole} of {len(b.files.hashes)} files of guest B are whole")
-    larger = 3 * world.unit
-    b.disk.resize_image(larger)
-    seen = wait_until(lambda: b.daemon.report().filesystem.device_bytes == larger, 5)
-    story.claim(seen, f"the image grows to {format_size(larger)}, the guest sees it")
-    job = resize(story, b.daemon, larger)
-    story.claim(
-        job.state == pb.JOB_DONE and b.size() == larger,
-        f"the filesystem has {format_size(b.size())}" + (f" ({job.reason})" if job.reason else ""),
-    )
-    b.lease.settle()
-    _truth(story, world, "all guests can write")
+    b.guest.resize_image(target)
+    play.screen.say("then its image was cut: the filesystem first, the image after it")
+    b.guest.resize_image(PROMISED)
+    until = time.monotonic() + WITHIN_S
+    while b.daemon.report().pressure.level == storaged_v1_pb2.LEVEL_CRITICAL and time.monotonic() < until:
+        time.sleep(0.2)  # at CRITICAL a guest refuses to grow
+    with play.host.silent():
+        job = _follow(play, PROMISED)
+    size = b.daemon.status().current_size
+    play.check(f"grown to {gib(size)} in {format_duration(_seconds(job))}: the image first", size == PROMISED)
 
 
-def resize(story: Story, daemon: Daemon, size: int) -> pb.Job:
-    """Resize and show the progress as Watch tells it; the job as it ended."""
-    status = daemon.resize(size)
-    if status != vm_guest_pb2.ResizeFilesystemResponse.STARTED:
-        return pb.Job(state=pb.JOB_FAILED, reason=f"not started, status {status}")
-    last = pb.Job()
-    shown = ""
-    for report in daemon.storage.Watch(pb.WatchRequest(min_interval_s=0.2), timeout=120):
-        if not report.HasField("job") or report.job.requested_size != size:
-            continue
-        last = report.job
-        if (text := describe(last)) != shown:
-            shown = text
-            story.screen.job(last)
-        if last.state in (pb.JOB_DONE, pb.JOB_FAILED, pb.JOB_CANCELLED):
+def _follow(play: Play, size: int) -> storaged_v1_pb2.Job:
+    """Resize guest b and show how it goes; the job as it ended."""
+    daemon = play.b.daemon
+    started = daemon.resize(size)
+    play.check(f"the daemon took the request for {gib(size)}", started == vm_guest_pb2.ResizeFilesystemResponse.STARTED)
+    shown = -1
+    for report in daemon.storage.Watch(storaged_v1_pb2.WatchRequest(min_interval_s=0.2), timeout=WITHIN_S):
+        job = report.job
+        if job.requested_size == size and job.state >= storaged_v1_pb2.JOB_DONE:
             break
-    story.screen.job(None)
-    return last
+        percent = round(job.progress * 100)
+        left = f", {format_duration(job.eta_s)} left" if job.HasField("eta_s") else ""
+        rate = f" at {gib(int(job.rate_bytes_per_s))}/s" if job.HasField("rate_bytes_per_s") else ""
+        done = f"{gib(job.moved_bytes)} of {gib(job.total_to_move_bytes)}"
+        play.screen.job = f"{'█' * (percent // 5):<20} {percent:3} %  {done}{rate}{left}"
+        if play.screen.live is None and job.progress and percent // 25 != shown:
+            shown = percent // 25
+            play.screen.say(play.screen.job)
+    play.screen.job = ""
+    return daemon.report().job
 
 
-def _seconds(job: pb.Job) -> float:
-    return (job.ended_at.ToNanoseconds() - job.started_at.ToNanoseconds()) / 1e9
+def _seconds(job: storaged_v1_pb2.Job) -> float:
+    return job.ended_at.ToNanoseconds() / 1e9 - job.started_at.ToNanoseconds() / 1e9
 
 
-def killing(story: Story, world: RealWorld) -> None:
-    a, _ = world.guests
-    story.scene("Guest A's storaged is killed with kill -9", "look at: the balloon stays, and is found again")
-    a.lease.settle()
-    a.lease.pause()
-    balloon, available = a.balloon(), a.available()
-    a.daemon.kill()
-    time.sleep(0.5)
-    story.claim(
-        a.balloon() == balloon and abs(a.available() - available) <= SLACK,
-        f"nobody runs: the balloon still holds {format_size(a.balloon())}, {format_size(a.available())} are available",
+def survives(play: Play) -> None:
+    """A daemon is killed; the protection stays."""
+    play.screen.scene("5. The daemon of guest a is killed with kill -9")
+    with play.host.silent():
+        before = play.a.daemon.available()
+        play.a.daemon.kill()
+        answer = os.statvfs(play.a.guest.mountpoint)
+        meanwhile = answer.f_bavail * answer.f_frsize
+        play.check(
+            f"meanwhile applications still have {gib(meanwhile)}, as before ({gib(before)})",
+            abs(meanwhile - before) <= 32 * MIB,
+        )
+        play.a.daemon.start()
+        found = [note for note in play.a.daemon.report().notes if "found the balloon" in note]
+        play.check(f"started again, it says: {found[0] if found else 'nothing'}", bool(found))
+
+
+ACTS = (promises, fills_up, gives_back, resizes, survives)
+
+
+def summary(play: Play) -> None:
+    """The final table."""
+    rows: list[tuple[str, ...]] = []
+    for member in (play.a, play.b):
+        report = member.daemon.report()
+        whole = member.whole()
+        if whole != len(member.files):
+            play.failed.append(f"guest {member.name}: {len(member.files) - whole} files are damaged")
+        rows.append(
+            (
+                f"guest {member.name}",
+                gib(report.filesystem.size_bytes),
+                gib(member.guest.host_bytes()),
+                gib(report.balloon.size_bytes),
+                gib(report.filesystem.available_bytes),
+                f"{whole}/{len(member.files)}",
+                str(member.io_errors),
+            )
+        )
+    columns = ("", "promised", "costs", "balloon", "may write", "files ok", "I/O err")
+    play.screen.table("What happened", columns, rows)
+    play.screen.console.print(
+        f"host: {gib(play.host.free())} free, worst {gib(play.host.least_free)}, ran out {play.host.enospc} times;"
+        f" {gib(play.returned)} handed back",
+        soft_wrap=True,
     )
-    more = Files(a.disk.mountpoint / "more", a.files.size, seed=1)
-    while more.written <= available + a.files.size and more.write():
-        pass
-    a.files.no_space += more.no_space
-    a.files.errors += more.errors
-    story.claim(
-        more.no_space == 1 and not more.errors and more.written <= available + SLACK and world.host_free() > 0,
-        f'A writes until "no space left": {format_size(more.written)}; the host keeps {format_size(world.host_free())}',
-    )
-    whole = more.whole()
-    story.claim(whole == len(more.hashes), f"{whole} of {len(more.hashes)} new files are whole; then they are deleted")
-    more.delete(lambda _: True)
-    began = time.monotonic()
-    a.daemon.start()
-    report = a.daemon.report()
-    story.claim(
-        abs(report.balloon.size_bytes - balloon) <= MIB,
-        f"started again, after {format_duration(time.monotonic() - began)} it knows its balloon of"
-        f" {format_size(report.balloon.size_bytes)}",
-    )
-    a.lease.resume()
-    story.claim(a.lease.settle(), "and takes its host's reports again")
-    _truth(story, world, "all guests can write")
-
-
-def ending(story: Story, world: RealWorld, *, keep: bool) -> tuple[list[list[str]], list[str]]:
-    """Look at everything once more; the rows and lines of the last table."""
-    story.screen.title, story.screen.hint = "The end", "every file is read once more"
-    for guest in world.guests:
-        guest.lease.settle()
-    view = world.look()
-    rows, errors = [], 0
-    for guest, seen in zip(world.guests, view.guests, strict=True):
-        whole, files = guest.files.whole(), len(guest.files.hashes)
-        met = len(guest.files.errors) + guest.device_errors()
-        errors += met
-        if whole != files or met:
-            story.claim(False, f"{guest.name}: {whole} of {files} files whole, {met} I/O errors")  # noqa: FBT003
-        sizes = (seen.size, seen.cost, seen.balloon, seen.available)
-        rows.append([guest.name, *(format_size(size) for size in sizes), f"{whole}/{files}", str(met)])
-    lowest = story.screen.lowest or 0
-    story.claim(errors == 0, "no guest has met an I/O error, none is counted on its device")
-    story.claim(lowest > 0, f"the host never ran out: the least it had was {format_size(lowest)}")
-    if not keep:
-        world.hush()
-        wrong = world.check()
-        story.claim(not wrong, "unmounted and examined: btrfs check finds nothing" if not wrong else "; ".join(wrong))
-    no_space = sum(guest.files.no_space for guest in world.guests)
-    return rows, [
-        f" went back to the host      {format_size(story.returned)}",
-        f' "no space left" in guests   {no_space}, in time',
-        f" on the host                0, at least {format_size(lowest)} were free",
-    ]
-
-
-def play(story: Story, world: RealWorld) -> None:
-    """All scenes, in order."""
-    for scene in (promises, filling, deleting, resizing, killing):
-        scene(story, world)

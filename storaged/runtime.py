@@ -86,7 +86,7 @@ class StorageService:
         self._holding = False
         self._hold_next: list[int | None] = []
         self._trimming = False
-        self._closing = False
+        self._closing = self._stopped = False
         self._moved_total = 0
         self._bounds: Bounds | None = None
         self._snapshot: Snapshot | None = None
@@ -158,6 +158,8 @@ class StorageService:
         if release:
             await self.release()
         await self._settle_tasks()
+        # The flag too: Python 3.11's wait_for swallows a cancel that meets a result (fixed in 3.12).
+        self._stopped = True
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
         self._writer = None
@@ -272,7 +274,7 @@ class StorageService:
     # --- the writer -------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopped:
             event, waiter = await self._next()
             try:
                 await self._process(event, waiter)

@@ -149,7 +149,6 @@ async def test_a_release_that_fails_says_why(guest: Guest) -> None:
         await guest.service.release()
 
 
-@pytest.mark.xfail(reason="write-back limits whose restore failed are forgotten: they stay low for good")
 async def test_write_back_limits_that_could_not_be_put_back_are_tried_again(guest: Guest) -> None:
     await guest.service.report(Told.LOW, 2 * GIB)
     guest.disk.faults.fail("set_dirty_limits", FilesystemError("busy", errno.EBUSY))
@@ -223,7 +222,6 @@ async def test_a_cancel_answers_with_the_job_that_it_cancelled(guest: Guest) -> 
         assert getattr(job, "id", None) != first.id
 
 
-@pytest.mark.xfail(reason="any event while an ended job is known answers a cancel that still waits in the queue")
 async def test_a_cancel_behind_other_events_answers_with_its_own_job(guest: Guest) -> None:
     await guest.service.resize(12 * GIB)
     await until(lambda: ended(guest))
@@ -251,13 +249,8 @@ async def test_stop_twice_and_stop_before_start() -> None:
 
 
 @pytest.mark.parametrize("level", ["LOW", "CRITICAL"])
-async def test_after_a_reboot_the_write_back_limits_are_lowered_again(
-    level: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+async def test_after_a_reboot_the_write_back_limits_are_lowered_again(level: str, tmp_path: Path) -> None:
     """A reboot resets /proc/sys, and the journal still says that the host is short."""
-    request.applymarker(
-        pytest.mark.xfail(reason="a level found in the journal is not entered: after a reboot the limits stay high")
-    )
     guest = Guest()
     await guest.service.start()
     await guest.service.report(Told[level], 2 * GIB)

@@ -171,11 +171,24 @@ class BalloonEngine:
         return Held(0, self._fs.space(), 0, held)
 
     def _settle(self, limit: int) -> Held:
+        before = (self.inflated_total, self.deflated_total)
+        for committed in (False, True, True):
+            self._approach(limit, may_give=committed)
+            # Only a commit makes it durable, f_bavail true, and everything count that was deleted a moment ago.
+            self._fs.sync()
+            if not target.next_move(self._fs.space(), self._balloon.size(), limit).by:
+                break
+        return self._checked(limit, self.inflated_total - before[0], self.deflated_total - before[1])
+
+    def _approach(self, limit: int, *, may_give: bool) -> None:
+        """Move until nothing is left to do by the kernel's present account.
+
+        Before a commit nothing is given: what was just deleted still counts as used, so it would be too much.
+        """
+        looked = 0
         space = self._fs.space()
         if space.read_only:
             raise FilesystemError("the filesystem is read-only", errno.EROFS, Kind.PRECONDITION)
-        inflated = deflated = 0
-        looked, committed = 0, False
         most = space.size  # the largest inflation that is still worth trying after an ENOSPC
         for _ in range(MOST_MOVES):
             held = self._balloon.size()
@@ -183,32 +196,23 @@ class BalloonEngine:
             self.target = max(held + goal_gap(space, limit), 0)
             if by > 0 and space.exclusive_operation != "none":
                 if space.available <= target.ceiling(space, limit):
-                    break
+                    return
                 raise _busy(space)
-            if by == 0 or most < SECTOR:
-                break
-            if by < 0 and not committed:
-                # What was deleted a moment ago still counts as used; going by that, too much would be given back.
-                self._fs.sync()
-                committed = True
-            elif by > 0 and looked < MOST_TRIMS and self._hand_back_freed(space):
+            if by == 0 or most < SECTOR or (by < 0 and not may_give):
+                return
+            if by > 0 and looked < MOST_TRIMS and self._hand_back_freed(space):
                 looked += 1
             elif by > 0:
                 try:
                     self._balloon.extend(by)
-                    inflated += by
+                    self.inflated_total += by
                 except FilesystemError as error:
                     most = self._after_refusal(error, by, space, limit)
             else:
                 self._balloon.shrink(-by)
-                deflated -= by
+                self.deflated_total -= by
                 self._fs.sync()  # until then the kernel counts it as used
             space = self._fs.space()
-        self.inflated_total += inflated
-        self.deflated_total += deflated
-        if inflated:
-            self._fs.sync()  # f_bavail, and what a crash would leave, are true only after a commit
-        return self._checked(limit, inflated, deflated)
 
     def _checked(self, limit: int, inflated: int, deflated: int) -> Held:
         """What was done, once it is seen to be enough."""

@@ -46,6 +46,7 @@ class BtrfsBalloonFile:
         self._directory = -1
         self._subvolume = 0
         try:
+            self._lock()
             self._find()
         except BaseException:
             self.close()
@@ -57,6 +58,15 @@ class BtrfsBalloonFile:
             if fd >= 0:
                 os.close(fd)
         self._directory = self._root = -1
+
+    def _lock(self) -> None:
+        """Be the only one: a lock on the filesystem's root, which is there before any balloon is."""
+        try:
+            fcntl.flock(self._root, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FilesystemError(
+                f"another storaged holds the balloon of {self._mountpoint}", errno.EBUSY, Kind.BUSY
+            ) from error
 
     def _find(self) -> None:
         """Open it if it is there; a balloon that a stopped daemon left is found again."""
@@ -83,16 +93,10 @@ class BtrfsBalloonFile:
         return self._directory
 
     def _take(self) -> None:
-        """Make sure that it is ours alone."""
+        """Make sure that it is ours, and a subvolume."""
         found = os.fstat(self._directory)
         if found.st_ino != _SUBVOLUME_INODE or found.st_uid != os.geteuid():
             raise self._foreign("it is not a subvolume of this user's")
-        try:
-            fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FilesystemError(
-                f"another storaged holds the balloon of {self._mountpoint}", errno.EBUSY, Kind.BUSY
-            ) from error
         with kernel("finding the balloon's subvolume"):
             try:
                 self._subvolume = btrfsutil.subvolume_id(self._directory)

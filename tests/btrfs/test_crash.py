@@ -136,9 +136,7 @@ def test_a_job_in_flight_ends_truly(make_guest: MakeGuest, make_daemon: MakeDaem
     "what",
     [
         "balloon",
-        pytest.param(
-            "resize", marks=pytest.mark.xfail(reason="the answer goes out before the journal knows of the job")
-        ),
+        "resize",
     ],
 )
 def test_no_answer_goes_out_before_the_journal_is_durable(

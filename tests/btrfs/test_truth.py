@@ -122,7 +122,6 @@ def test_after_success_exactly_the_limit_can_be_written(
     assert not support.read_only(guest)
 
 
-@pytest.mark.xfail(reason="what is freed but not yet counted as pinned is seen only after the balloon's own commit")
 def test_what_was_deleted_a_moment_ago_counts(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
     # The kernel has not committed the deletion when the host reports, and counts it as used until then.
     guest = make_guest(2 * GIB)

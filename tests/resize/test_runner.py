@@ -197,7 +197,6 @@ def test_a_cancel_without_a_job_does_nothing(guest: Guest) -> None:
     assert guest.run(12 * GIB).outcome is ev.Outcome.SUCCEEDED
 
 
-@pytest.mark.xfail(reason="an error in _heal(), or one nobody foresaw, leaves run() before JobEnded was told")
 @pytest.mark.parametrize("unforeseen", [False, True])
 def test_the_last_word_is_said_whatever_happened(guest: Guest, unforeseen: bool) -> None:
     if unforeseen:
@@ -211,7 +210,6 @@ def test_the_last_word_is_said_whatever_happened(guest: Guest, unforeseen: bool)
         pytest.fail("it was not said")
 
 
-@pytest.mark.xfail(reason="a shrink that was refused before the kernel was asked is healed too: it moves a chunk")
 def test_nothing_is_healed_that_was_not_tried(guest: Guest) -> None:
     guest.disk.write(guest.world.filesystem.space().available)
     ended = guest.run(GIB)

@@ -107,7 +107,6 @@ async def test_a_disk_that_hangs_freezes_nobody(guest: Guest, monkeypatch: pytes
     assert await guest.report_free(2 * GIB) == vm.SUCCESS
 
 
-@pytest.mark.xfail(reason="the journal is written by the thread that trims: a long trim blocks every answer")
 async def test_a_trim_that_takes_long_delays_nobody(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "ANSWER_WITHIN_S", 0.5)
     guest.disk.faults.hang("trim")
@@ -164,7 +163,6 @@ async def test_a_read_only_filesystem_is_named(guest: Guest) -> None:
     assert "read-only" in text
 
 
-@pytest.mark.xfail(reason="an error that is no StoragedError ends the hold for good: _holding stays True")
 async def test_an_error_nobody_foresaw_ends_one_attempt_and_not_the_balloon(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +322,6 @@ async def test_a_paused_balance_is_not_waited_for(guest: Guest) -> None:
     assert "cancel the paused balance first" in job.reason
 
 
-@pytest.mark.xfail(reason="run() ends without JobEnded when healing fails: in progress for ever")
 async def test_a_disk_that_fails_while_a_failure_is_healed_still_ends_the_job(guest: Guest) -> None:
     going = guest.disk.faults.hang("resize")
     await guest.resize(4 * GIB)
@@ -432,7 +429,6 @@ async def test_the_report_adds_up(guest: Guest) -> None:
     assert not report.HasField("dirty_limits_found")
 
 
-@pytest.mark.xfail(reason="bounds() does not publish what it read: the report shows what was known before")
 async def test_the_report_has_the_bounds_of_now(guest: Guest) -> None:
     for size in (GIB, 2 * GIB):
         guest.disk.write(size)

@@ -187,6 +187,7 @@ class Driver:
                 self.sysctl.set_dirty_limits(DirtyLimits(size, size // 2, 0, 0))
             case ev.RestoreDirtyLimits(limits):
                 self.sysctl.set_dirty_limits(limits)
+                self._process(ev.DirtyLimitsRestored())
             case ev.StartResize(job):
                 self.runner.run(job, self._queue.append, self._settle)
             case ev.CancelResize():
