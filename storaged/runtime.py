@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from storaged.balloon.engine import BalloonEngine
-from storaged.balloon.target import tight
+from storaged.balloon.target import comfortable_headroom, tight
 from storaged.core import events as ev
 from storaged.core import machine
 from storaged.core.model import Config, DirtyLimits, HostReport, Space, Told
@@ -336,7 +336,7 @@ class StorageService:
             case ev.HoldAvailable(limit):
                 self._hold(limit)
             case ev.GuardMetadata(spent):
-                self._spawn(self._guard(spent))
+                self._look_at_metadata(spent)
             case ev.Trim():
                 if not self._trimming:
                     self._trimming = True
@@ -409,6 +409,16 @@ class StorageService:
         except (StoragedError, OSError):
             return self._state.balloon.size
 
+    def _look_at_metadata(self, spent: int) -> None:
+        """A glance that costs next to nothing; the balloon's thread is asked only when there is something to do."""
+        space = self.snapshot.space
+        headroom = self._world.filesystem.metadata_headroom()
+        if headroom < comfortable_headroom(space) and not space.mixed:
+            self._spawn(self._guard(spent))
+            return
+        now, size = self._world.clock.monotonic(), self._state.balloon.size
+        self._post(ev.BalloonGuarded(size, 0, now, tight(space, headroom)))
+
     async def _guard(self, spent: int) -> None:
         given, tight = 0, False
         try:
@@ -423,6 +433,7 @@ class StorageService:
             if not await self._in("read", self._world.filesystem.discard_supported):
                 return  # said once, at the start
             event = ev.Trimmed(await self._in("upkeep", self._do_trim, _RECLAIM))
+            self._publish(await self._in("read", self._world.filesystem.space))
         except (StoragedError, OSError) as error:
             event = ev.Trimmed(0, str(error))
         finally:

@@ -34,8 +34,8 @@ SETTLED = Move(0)
 
 
 def comfortable_headroom(space: Space) -> int:
-    """Metadata bytes that should fit without a new chunk: 1/32 of the filesystem, 16 to 128 MiB."""
-    return min(max(space.size // 32, 16 * MIB), 128 * MIB)
+    """Metadata bytes that should fit without a new chunk: 1/32 of the filesystem, 16 to 64 MiB."""
+    return min(max(space.size // 32, 16 * MIB), 64 * MIB)
 
 
 def least_headroom(space: Space) -> int:
@@ -106,9 +106,13 @@ def relief_due(space: Space, held: int) -> bool:
     return reach < least_headroom(space)
 
 
-def tight(space: Space) -> bool:
-    """True when metadata could run out within a second of a storm of small files: look often."""
-    return not space.mixed and space.metadata_headroom < 2 * comfortable_headroom(space)
+def tight(space: Space, headroom: int | None = None) -> bool:
+    """True when metadata could run out within a second of a storm of small files: look often.
+
+    `headroom` is a newer value than that of `space`.
+    """
+    now = space.metadata_headroom if headroom is None else headroom
+    return not space.mixed and now < 2 * comfortable_headroom(space)
 
 
 def relief_budget(space: Space, reserve: int, spent: int) -> int:

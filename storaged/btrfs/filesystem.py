@@ -97,10 +97,6 @@ class BtrfsFilesystem:
             self._number(f"{data}/{part}")
             for part in ("bytes_used", "bytes_reserved", "bytes_may_use", "bytes_readonly")
         )
-        metadata_used = sum(
-            self._number(f"{metadata}/{part}")
-            for part in ("bytes_used", "bytes_reserved", "bytes_pinned", "bytes_readonly")
-        )
         data_total = self._number(f"{data}/total_bytes")
         metadata_total = self._number(f"{metadata}/total_bytes")
         size: int = device.total_bytes
@@ -112,7 +108,7 @@ class BtrfsFilesystem:
             data_used=used,
             data_pinned=self._number(f"{data}/bytes_pinned"),
             metadata_total=metadata_total,
-            metadata_used=metadata_used,
+            metadata_used=self._metadata_used(metadata),
             global_reserve=self._number("allocation/global_rsv_size"),
             unallocated=max(size - device.bytes_used - DEVICE_RANGE_RESERVED, 0),
             data_chunk=min(MOST_DATA_CHUNK, tenth, self._chunk_size(data)),
@@ -123,6 +119,16 @@ class BtrfsFilesystem:
             read_only=self.read_only(),
             exclusive_operation=self._text("exclusive_operation"),
         )
+
+    def metadata_headroom(self) -> int:
+        metadata = "allocation/mixed" if self._mixed else "allocation/metadata"
+        with kernel("reading the filesystem's space"):
+            used = self._metadata_used(metadata) + self._number("allocation/global_rsv_size")
+            return self._number(f"{metadata}/total_bytes") - used
+
+    def _metadata_used(self, metadata: str) -> int:
+        parts = ("bytes_used", "bytes_reserved", "bytes_pinned", "bytes_readonly")
+        return sum(self._number(f"{metadata}/{part}") for part in parts)
 
     def _chunk_size(self, kind: str) -> int:
         try:

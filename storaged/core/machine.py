@@ -133,7 +133,7 @@ def _host_reported(state: State, event: ev.HostReported) -> Result:
     if pr.carries_no_news(report):
         return replace(state, ignored_reports=state.ignored_reports + 1), (ev.IgnoreReport(),)
     limit = allowance(report.free, state.config.reserve)
-    before = state.pressure.level
+    before, limit_before = state.pressure.level, state.balloon.limit
     state = replace(state, report=report, pressure=pr.reported(state.pressure, report, state.config))
     state, effects = _entered(state, before, report.at)
     balloon = state.balloon
@@ -148,7 +148,8 @@ def _host_reported(state: State, event: ev.HostReported) -> Result:
         retry_at=None,
     )
     # The answer waits for both: a crash half-way must not forget what was promised.
-    return replace(state, balloon=balloon), (ev.HoldAvailable(limit), *effects, ev.Save())
+    news = limit != limit_before or state.pressure.level is not before
+    return replace(state, balloon=balloon), (ev.HoldAvailable(limit), *effects, *((ev.Save(),) if news else ()))
 
 
 def _entered(state: State, before: Level, now: float) -> Result:
@@ -333,8 +334,8 @@ def _resize_requested(state: State, event: ev.ResizeRequested) -> Result:
     )
     verb = "shrink" if job.shrinks else "grow"
     note = ev.Note(f"{verb} from {format_size(job.start_size)} to {format_size(job.requested)} begins")
-    state, (save, *work) = _capacity(replace(state, job=job), event.facts.device, event.at, event.wall)
-    return state, (note, save, ev.AcceptResize(), *work)
+    state, effects = _capacity(replace(state, job=job), event.facts.device, event.at, event.wall)
+    return state, (note, *effects, ev.AcceptResize())
 
 
 def _capacity(state: State, device: int, at: float, wall: float) -> Result:
@@ -345,7 +346,8 @@ def _capacity(state: State, device: int, at: float, wall: float) -> Result:
     if device >= sector_floor(job.requested):
         job = jb.signalled(job, jb.Signal.CAPACITY_THERE)
         # From here on the balloon is the job's.
-        return replace(state, job=job, poll_at=None), (ev.Save(), ev.StartResize(job))
+        # Begun before it is written down: a crash in between is judged by the size alone, and nobody was answered.
+        return replace(state, job=job, poll_at=None), (ev.StartResize(job), ev.Save())
     if job.state is jb.JobState.WAITING and at >= job.deadline:
         reason = (
             f"the device has {device} bytes, {job.requested} were asked for,"

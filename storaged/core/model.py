@@ -103,7 +103,7 @@ class Config:
     retry_most_s: float = 30.0
     guard_every_s: float = 1.0
     """How often metadata headroom is looked at while the balloon holds anything."""
-    guard_soon_s: float = 0.1
+    guard_soon_s: float = 0.2
     """The same while headroom is small or has just been given."""
     trim_again_s: float = 60.0
     """Shortest time between two trims while the level stays above NORMAL."""

@@ -24,6 +24,9 @@ class Filesystem(Protocol):
     def space(self) -> Space:
         """What is used and what is left, true at once, without a commit."""
 
+    def metadata_headroom(self) -> int:
+        """`Space.metadata_headroom` alone; microseconds, never blocks."""
+
     def layout(self) -> Layout:
         """Every chunk and where it lies, without the balloon's share."""
 

@@ -165,6 +165,10 @@ class SimFilesystem:
                 exclusive_operation=disk.exclusive_operation,
             )
 
+    def metadata_headroom(self) -> int:
+        with self.disk.lock:
+            return sum(c.length - c.used for c in self.disk.of("metadata")) - 5 * MIB
+
     def layout(self) -> Layout:
         with self.disk.lock:
             return Layout(

@@ -185,7 +185,8 @@ async def test_write_back_limits_go_down_and_come_back_exactly(guest: Guest) -> 
     assert (await guest.report()).pressure.pending_level == pb.LEVEL_NORMAL
 
     async def normal() -> bool:
-        return (await guest.report()).pressure.level == pb.LEVEL_NORMAL
+        report = await guest.report()
+        return report.pressure.level == pb.LEVEL_NORMAL and not report.HasField("dirty_limits_found")
 
     await until(normal)
     assert guest.sysctl.limits == FOUND

@@ -42,7 +42,6 @@ class Driver:
         self.promised: int | None = None
         self.accepted: list[str] = []
         self.ended: list[str] = []
-        self.unsaved: str | None = None
         self.crashes = 0
         self._number = 0
         self.boot()
@@ -144,10 +143,6 @@ class Driver:
     def _restart(self) -> None:
         self.crashes += 1
         self.crash_in = None
-        if self.unsaved is not None:
-            # Accepted, but not on record: see test_a_resize_is_on_record_before_it_is_answered.
-            self.accepted.remove(self.unsaved)
-            self.unsaved = None
         self.disk.faults.clear()
         self.disk.exclusive_operation = "none"
         self.boot()
@@ -196,7 +191,6 @@ class Driver:
                 fs.sync()
             case ev.Save():
                 self.journal.save(to_record(self.state))
-                self.unsaved = None
             case ev.AnswerReport(reason):
                 self._answer(reason)
             case ev.IgnoreReport():
@@ -205,7 +199,6 @@ class Driver:
                 if not already:
                     assert self.state.job is not None
                     self.accepted.append(self.state.job.id)
-                    self.unsaved = self.state.job.id
             case _:
                 pass
 

@@ -93,8 +93,6 @@ class Everything(RuleBasedStateMachine):
         times=st.integers(1, 3),
     )
     def fault(self, operation: str, error: FilesystemError, times: int) -> None:
-        if operation == "set_dirty_limits":
-            return  # a restore that fails is not tried again: see test_write_back_limits_that_could_not_be_put_back
         if operation == "resize" and error.kind is Kind.BUSY:
             return  # waits in real time
         self.driver.disk.faults.fail(operation, error, times)
