@@ -37,7 +37,7 @@ READ_WITHIN_S = 2.0
 WATCH_AGAIN_S = 2.0
 MOST_NOTES = 64
 _RECLAIM = True
-_THREADS = ("balloon", "resize", "upkeep", "read", "state")
+_THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "state")
 """What may wait for what: the journal and the limits never wait for a trim, nor a read for either."""
 
 
@@ -155,8 +155,16 @@ class StorageService:
         if self._writer is None:
             return
         await self.close()
-        if release:
-            await self.release()
+        try:
+            if release:
+                await self.release()
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        """Let everything go, whatever came before."""
+        if self._writer is None:
+            return
         await self._settle_tasks()
         # The flag too: Python 3.11's wait_for swallows a cancel that meets a result (fixed in 3.12).
         self._stopped = True
@@ -351,8 +359,8 @@ class StorageService:
                 await self._process(ev.DirtyLimitsRestored(), None)
             case ev.StartResize(job):
                 self._spawn(self._in("resize", self._runner.run, job, self._tell, self._settle_after_job))
-            case ev.CancelResize():
-                self._spawn(self._in("upkeep", self._runner.cancel))
+            case ev.CancelResize(job_id):
+                self._spawn(self._in("cancel", self._runner.cancel, job_id))
             case ev.Sync():
                 self._spawn(self._in("upkeep", world.filesystem.sync))
             case ev.Save():
@@ -423,7 +431,7 @@ class StorageService:
         given, tight = 0, False
         try:
             given, tight = await self._in("balloon", self._engine.guard, self._state.config.reserve, spent)
-        except (StoragedError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, metadata is looked at again
             self._note(f"could not look after metadata: {error}", warning=True)
         size = await self._balloon_size()
         self._post(ev.BalloonGuarded(size, given, self._world.clock.monotonic(), tight))

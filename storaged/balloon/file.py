@@ -22,7 +22,7 @@ import btrfsutil
 from storaged.btrfs import ioctl, search
 from storaged.btrfs.filesystem import kernel
 from storaged.errors import FilesystemError, Kind
-from storaged.units import GIB, MIB
+from storaged.units import GIB, MIB, sector_floor
 
 SUBVOLUME = ".storaged-balloon"
 MOST_SEGMENTS = 1024
@@ -34,7 +34,7 @@ _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def segment_size(filesystem_size: int) -> int:
     """Bytes a segment holds at most: about a data chunk, and no more than 1024 segments in all."""
-    return max(min(GIB, filesystem_size // 10), filesystem_size // MOST_SEGMENTS, MIB)
+    return sector_floor(max(min(GIB, filesystem_size // 10), filesystem_size // MOST_SEGMENTS, MIB))
 
 
 class BtrfsBalloonFile:
@@ -80,6 +80,7 @@ class BtrfsBalloonFile:
 
     def _open(self) -> int:
         """The subvolume's descriptor; it is made when it is first needed."""
+        self._look_again()
         if self._directory >= 0:
             return self._directory
         with kernel("making the balloon's subvolume"):
@@ -109,15 +110,43 @@ class BtrfsBalloonFile:
 
     def _segments(self) -> dict[int, str]:
         """Name by inode of every segment, oldest first."""
+        self._look_again()
         if self._directory < 0:
             return {}
         found = {}
-        with kernel("reading the balloon"), os.scandir(self._directory) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if not (entry.name.isascii() and entry.name.isdigit() and entry.is_file(follow_symlinks=False)):
-                    raise self._foreign(f"{entry.name!r} is not the balloon's")
-                found[entry.inode()] = entry.name
+        with kernel("reading the balloon"):
+            # Opened anew for every look: btrfs shows a descriptor the directory as it was when it was opened, and
+            # threads that read through one descriptor share its place.
+            fresh = os.open(".", _DIRECTORY, dir_fd=self._directory)
+            try:
+                with os.scandir(fresh) as entries:
+                    for entry in sorted(entries, key=lambda entry: entry.name):
+                        self._check_segment(entry)
+                        found[entry.inode()] = entry.name
+            finally:
+                os.close(fresh)
         return found
+
+    def _check_segment(self, entry: os.DirEntry[str]) -> None:
+        """What is not a segment is never touched: ours are numbered, and empty to whoever reads them."""
+        plain = entry.name.isascii() and entry.name.isdigit() and entry.is_file(follow_symlinks=False)
+        if not plain or entry.stat(follow_symlinks=False).st_size:
+            raise self._foreign(f"{entry.name!r} is not the balloon's")
+
+    def _look_again(self) -> None:
+        """Let go of a subvolume that somebody has deleted or replaced behind our back."""
+        if self._directory < 0:
+            return
+        ours = os.fstat(self._directory)
+        try:
+            there = os.stat(SUBVOLUME, dir_fd=self._root, follow_symlinks=False)
+        except FileNotFoundError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+            os.close(self._directory)
+            self._directory = -1
+            if there is not None:
+                self._find()
 
     def _opened(self, name: str, *, create: bool = False) -> int:
         fd = os.open(name, _FILE | (os.O_CREAT if create else 0), 0o600, dir_fd=self._directory)
@@ -236,6 +265,7 @@ class BtrfsBalloonFile:
             os.unlink(name, dir_fd=self._directory)
 
     def remove(self) -> None:
+        self._look_again()
         if self._directory < 0:
             return
         for name in self._segments().values():

@@ -25,6 +25,7 @@ POLL_S = 0.1
 BUSY_WAIT_S = 30.0
 """How long to wait for the kernel's own chunk reclaim to let go of the exclusive slot."""
 BUSY_POLL_S = 0.2
+CANCEL_TRIES = 50
 YIELD_MORE = 16 * MIB
 """Room the balloon gives up beyond what moves, for what does not fit together exactly."""
 
@@ -57,22 +58,23 @@ class ResizeRunner:
         self._balloon = balloon
         self._clock = clock
         self._poll_s = poll_s
-        self._stop: threading.Event | None = None
+        self._stops: dict[str, threading.Event] = {}  # by job; made by whichever comes first, work or cancel
+        self._running = ""
 
     def run(self, job: Job, tell: Tell, settle: Callable[[], None]) -> None:
         """Do the job's work; returns after JobEnded was told, whatever happened.
 
         `settle` is called before that, to bring the balloon back to the size the host is owed.
         """
-        stop = threading.Event()
-        work = _Work(job, tell, stop)
-        self._stop = stop
+        work = _Work(job, tell, self._stops.setdefault(job.id, threading.Event()))
+        self._running = job.id
         try:
             outcome, reason = self._attempt(work)
         except Exception as error:  # noqa: BLE001  # whatever it is, the job must end
             outcome, reason = ev.Outcome.FAILED, str(error) or repr(error)
         finally:
-            self._stop = None
+            self._running = ""
+            self._stops.pop(job.id, None)
         try:
             settle()
         except Exception as error:  # noqa: BLE001  # the job's end is told all the same
@@ -97,14 +99,15 @@ class ResizeRunner:
             return ev.Outcome.FAILED, f"the filesystem has {size} bytes after it"
         return ev.Outcome.SUCCEEDED, ""
 
-    def cancel(self) -> None:
-        """Stop the job under way; its JobEnded says how it ended."""
-        stop = self._stop
-        if stop is None:
-            return
-        stop.set()
-        # A cancel that arrives between two kernel calls finds nothing running; the stop flag catches that.
-        self._resizer.cancel()
+    def cancel(self, job_id: str) -> None:
+        """Stop the job; its JobEnded says how it ended. Blocks until the kernel has let go, some seconds at most."""
+        self._stops.setdefault(job_id, threading.Event()).set()
+        for _ in range(CANCEL_TRIES):
+            # Again and again: one that comes between two kernel calls finds nothing running.
+            if self._running != job_id:
+                return
+            self._resizer.cancel()
+            time.sleep(self._poll_s)
 
     def _true_size(self, job: Job) -> int:
         try:

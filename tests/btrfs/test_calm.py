@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -9,7 +10,10 @@ import time
 import pytest
 
 from lab.loop import Guest, fill
+from storaged.balloon.engine import BalloonEngine
 from storaged.balloon.file import BtrfsBalloonFile
+from storaged.btrfs.filesystem import BtrfsFilesystem
+from storaged.errors import FilesystemError
 from storaged.rpc.proto import vm_guest_pb2
 from storaged.units import GIB, MIB
 from tests.btrfs import support
@@ -108,7 +112,37 @@ def test_what_the_balloon_leaves_behind_is_nobodys_data(make_guest: MakeGuest, m
     assert report.bounds.minimum_size <= fresh, report.bounds.why
 
 
-@pytest.mark.xfail(reason="a descriptor sees the directory as it was when it was opened or last rewound")
+def test_a_short_balance_is_waited_for(make_guest: MakeGuest) -> None:
+    # The kernel's own chunk reclaim takes the exclusive slot now and then, and so does storaged's at a new level.
+    guest = make_guest(2 * GIB)
+    filesystem, other = BtrfsFilesystem(str(guest.mountpoint)), BtrfsFilesystem(str(guest.mountpoint))
+    balloon = BtrfsBalloonFile(str(guest.mountpoint))
+    done = threading.Event()
+    balances = 0
+
+    def balance() -> None:
+        nonlocal balances
+        while not done.wait(0.01):
+            with contextlib.suppress(FilesystemError):
+                other.reclaim_empty_chunks()
+                balances += 1
+
+    thread = threading.Thread(target=balance)
+    thread.start()
+    try:
+        engine = BalloonEngine(filesystem, balloon)
+        for limit in (0, GIB, 300 * MIB, 900 * MIB, 100 * MIB) * 8:
+            engine.hold(limit)
+            assert abs(filesystem.space().available - limit) <= 250 * MIB
+    finally:
+        done.set()
+        thread.join()
+        balloon.close()
+        filesystem.close()
+        other.close()
+    assert balances
+
+
 def test_a_new_segment_is_seen_at_once(make_guest: MakeGuest) -> None:
     guest = make_guest(4 * GIB)
     balloon = BtrfsBalloonFile(str(guest.mountpoint))
@@ -120,7 +154,6 @@ def test_a_new_segment_is_seen_at_once(make_guest: MakeGuest) -> None:
         balloon.close()
 
 
-@pytest.mark.xfail(reason="scans of one directory descriptor share its offset")
 def test_every_thread_sees_the_same_balloon(make_guest: MakeGuest) -> None:
     # The guard asks for the size while a resize looks at the extents: neither may see half of the segments.
     guest = make_guest(4 * GIB)

@@ -30,15 +30,20 @@ def _make(path: Path, kind: str) -> None:
         path.symlink_to("t" * 3000)
 
 
-def _make_many(folder: Path, kind: str, within_s: float, most: int = MOST_FILES) -> tuple[int, int]:
-    """(how many were made, errno that ended it or 0)."""
+def _make_many(
+    folder: Path, kind: str, within_s: float, most: int = MOST_FILES, rate: float | None = None
+) -> tuple[int, int]:
+    """(how many were made, errno that ended it or 0); at most `rate` of them a second."""
     folder.mkdir()
-    until = time.monotonic() + within_s
+    began = time.monotonic()
+    until = began + within_s
     made = 0
     try:
         while made < most and time.monotonic() < until:
             _make(folder / f"{made:06}", kind)
             made += 1
+            if rate and made % 100 == 0:
+                time.sleep(max(began + made / rate - time.monotonic(), 0))
     except OSError as error:
         return made, error.errno or -1
     return made, 0
@@ -156,17 +161,20 @@ def test_room_stays_for_the_next_metadata_chunk(
     assert more >= 1500  # a fifth of that without
 
 
+@pytest.mark.parametrize("rate", [2500, None])
 def test_metadata_is_relieved_while_the_host_still_has_its_reserve(
-    make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures
+    rate: float | None, make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures
 ) -> None:
     guest = make_guest(512 * MIB, mkfs=("-m", "single"))
     daemon = make_daemon(guest)
     assert daemon.report_free(GIB) == vm_guest_pb2.SUCCESS  # nothing for the guest, all of the reserve still there
-    made, error = _make_many(guest.mountpoint / "many", "symlink", 10, most=30_000)
+    made, error = _make_many(guest.mountpoint / "many", "symlink", 10, most=20_000, rate=rate)
     relief = daemon.report().balloon.metadata_relief_bytes
-    figures.note(relief=relief, made=made, errno=error)
+    figures.note(rate=rate, relief=relief, made=made, errno=error)
     assert not support.read_only(guest)
     assert relief <= 256 * MIB
-    assert relief or not error, "metadata ran out, and the guard did not see it"
+    if rate:  # the guard may lose against a storm, but not against this
+        assert not error
+        assert relief
     assert daemon.report_free(100 * GIB) == vm_guest_pb2.SUCCESS
     assert _usable_again(guest) < 10

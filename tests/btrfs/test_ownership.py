@@ -211,6 +211,7 @@ FOREIGN: list[Squat] = [
     _link_inside,
     _hard_link_inside,
     _directory_inside,
+    _file_with_contents_inside,
     _of_another_user,
 ]
 
@@ -223,16 +224,7 @@ def _victim(guest: Guest) -> Path:
     return victim
 
 
-@pytest.mark.parametrize(
-    "foreign",
-    [
-        *FOREIGN,
-        pytest.param(
-            _file_with_contents_inside,
-            marks=pytest.mark.xfail(reason="a file with contents is taken for a segment, and deleted with the balloon"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_daemon_does_not_start_over_what_is_not_its_own(
     foreign: Squat, make_guest: MakeGuest, make_daemon: MakeDaemon
 ) -> None:
@@ -276,7 +268,6 @@ def _everything(guest: Guest) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.xfail(reason="the descriptor of the subvolume that is gone is used for ever")
 def test_a_balloon_deleted_by_hand_is_made_again(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     guest, daemon = _inflated(make_guest, make_daemon)
     for name in list((guest.mountpoint / SUBVOLUME).iterdir()):

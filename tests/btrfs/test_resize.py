@@ -259,7 +259,7 @@ def test_the_status_answers_while_a_resize_runs(
         if not status.resize_in_progress:
             break
     figures.note(polls=len(seen), slowest_s=round(slowest, 4), sizes=len(set(seen)))
-    assert seen[-1] == target
+    assert seen[-1] == target, daemon.report().job
     assert seen == sorted(seen, reverse=True)
     assert slowest < 5
     job = daemon.report().job

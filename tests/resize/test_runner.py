@@ -171,7 +171,7 @@ def test_a_cancel_between_two_steps_keeps_the_steps_before(guest: Guest) -> None
     def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
         guest.told.append(event)
         if isinstance(event, ev.JobProgressed):
-            guest.runner.cancel()
+            guest.runner.cancel("a")
 
     ended = guest.run(3 * GIB, tell)
     assert ended.outcome is ev.Outcome.STOPPED
@@ -184,7 +184,7 @@ def test_a_cancel_while_the_kernel_moves_stops_it_soon(guest: Guest) -> None:
     low.used = 0
     guest.disk.speed = MIB
     target = guest.minimum()
-    timer = threading.Timer(0.1, guest.runner.cancel)
+    timer = threading.Timer(0.1, guest.runner.cancel, ["a"])
     timer.start()
     ended = guest.run(target)
     timer.join()
@@ -193,7 +193,7 @@ def test_a_cancel_while_the_kernel_moves_stops_it_soon(guest: Guest) -> None:
 
 
 def test_a_cancel_without_a_job_does_nothing(guest: Guest) -> None:
-    guest.runner.cancel()
+    guest.runner.cancel("another")
     assert guest.run(12 * GIB).outcome is ev.Outcome.SUCCEEDED
 
 

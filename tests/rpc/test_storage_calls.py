@@ -271,6 +271,9 @@ async def test_nothing_grows_while_the_host_is_critically_full(guest: Guest) -> 
 
 
 async def test_a_job_waits_for_its_device_and_starts_when_it_is_there(guest: Guest) -> None:
+    await guest.stop()
+    guest.config = replace(guest.config, capacity_wait_s=60.0, capacity_poll_s=60.0)  # only the event tells
+    await guest.start()
     assert await guest.resize(20 * GIB) == STATUS.STARTED
     status = await guest.status()
     assert (status.resize_in_progress, status.current_size) == (True, 8 * GIB)

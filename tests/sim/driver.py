@@ -185,8 +185,8 @@ class Driver:
                 self._process(ev.DirtyLimitsRestored())
             case ev.StartResize(job):
                 self.runner.run(job, self._queue.append, self._settle)
-            case ev.CancelResize():
-                self.runner.cancel()
+            case ev.CancelResize(job_id):
+                self.runner.cancel(job_id)
             case ev.Sync():
                 fs.sync()
             case ev.Save():
