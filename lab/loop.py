@@ -161,6 +161,13 @@ class Guest:
 
     def check(self) -> str:
         """`btrfs check` on the unmounted filesystem; raises RuntimeError unless it is clean."""
+        for _ in range(50):
+            try:
+                return run("btrfs", "check", "--readonly", self.device or self.image)
+            except RuntimeError as error:
+                if "busy" not in str(error):
+                    raise
+                time.sleep(0.1)  # the kernel lets go of the device a little after the unmount
         return run("btrfs", "check", "--readonly", self.device or self.image)
 
 

@@ -72,8 +72,10 @@ def page() -> str:
         "# The state tables",
         "Made from the tables in the code by `make docs`; do not edit.",
         "## Host pressure (`storaged/core/pressure.py`)",
-        "The host's free bytes fall into a zone. A worse level counts at once, a better one after it has lasted for"
-        f" {Config().settle_s:g} s. A host that names a state is never believed to be better off than it says.",
+        (
+            "The host's free bytes fall into a zone. A worse level counts at once, a better one after it has lasted for"
+            f" {Config().settle_s:g} s. A host that names a state is never believed to be better off than it says."
+        ),
         "\n".join(pressure()),
         "## The balloon (`storaged/core/machine.py`)",
         "The newest signal wins, whatever the state.",

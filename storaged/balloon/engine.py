@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import errno
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from storaged.units import MIB, SECTOR, format_size
 
 MOST_MOVES = 64
 """Moves per call: an idle filesystem needs under ten; a writer that never pauses must not hold us for ever."""
+BUSY_WAIT_S = 2.0
+BUSY_POLL_S = 0.02
 WORTH_A_TRIM = 4 * MIB
 WORTH_A_COMMIT = 4 * MIB
 MOST_TRIMS = 4
@@ -197,7 +200,8 @@ class BalloonEngine:
             if by > 0 and space.exclusive_operation != "none":
                 if space.available <= target.ceiling(space, limit):
                     return
-                raise _busy(space)
+                space = self._wait_while_busy()
+                continue
             if by == 0 or most < SECTOR or (by < 0 and not may_give):
                 return
             if by > 0 and looked < MOST_TRIMS and self._hand_back_freed(space):
@@ -228,6 +232,20 @@ class BalloonEngine:
             self._hand_back_chunks()
         return Held(held, space, inflated, deflated)
 
+    def _wait_while_busy(self) -> Space:
+        """The space once the kernel's exclusive operation is over: its own chunk reclaim and ours take milliseconds.
+
+        Nothing is taken meanwhile: it would be copied, which writes to the host. Raises when it takes longer.
+        """
+        until = time.monotonic() + BUSY_WAIT_S
+        while (space := self._fs.space()).exclusive_operation != "none":
+            paused = "paused" in space.exclusive_operation
+            if paused or time.monotonic() >= until:
+                text = f"the kernel is busy with an exclusive operation ({space.exclusive_operation})"
+                raise FilesystemError(text, errno.EBUSY, Kind.BUSY)
+            time.sleep(BUSY_POLL_S)
+        return space
+
     def _hand_back_freed(self, space: Space) -> bool:
         """Freed blocks on their way to the host before the balloon lies over them; False when there are none.
 
@@ -257,12 +275,6 @@ class BalloonEngine:
             self._fs.reclaim_empty_chunks()
         except FilesystemError:
             self._fs.sync()  # no room even for that: the next commit wakes the kernel's cleaner
-
-
-def _busy(space: Space) -> FilesystemError:
-    """Nothing is taken while the kernel moves chunks about: it would be copied, which writes to the host."""
-    text = f"the kernel is busy with an exclusive operation ({space.exclusive_operation})"
-    return FilesystemError(text, errno.EBUSY, Kind.BUSY)
 
 
 def goal_gap(space: Space, limit: int) -> int:

@@ -19,6 +19,8 @@ from storaged.units import GIB, MIB
 
 MOST_DATA_CHUNK = GIB
 """A data stripe is at most this (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
+CHUNK_STEP = 16 * MIB
+"""A tenth of the filesystem is rounded up to this (fs/btrfs/volumes.c, decide_stripe_size_regular)."""
 DEVICE_RANGE_RESERVED = MIB
 """BTRFS_DEVICE_RANGE_RESERVED: never part of a chunk."""
 
@@ -100,7 +102,7 @@ class BtrfsFilesystem:
         data_total = self._number(f"{data}/total_bytes")
         metadata_total = self._number(f"{metadata}/total_bytes")
         size: int = device.total_bytes
-        tenth = size // 10 // 65536 * 65536
+        tenth = -(-(size // 10) // CHUNK_STEP) * CHUNK_STEP
         return Space(
             size=size,
             device=self.device_size(),

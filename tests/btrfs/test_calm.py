@@ -69,7 +69,7 @@ def test_inflating_costs_the_host_nothing(
 ) -> None:
     guest = make_guest(4 * GIB)
     if holed:
-        support.half_holes(guest, 100 * MIB)
+        support.half_holes(guest, 60 * MIB)
     daemon = make_daemon(guest)
     # The first one makes the subvolume, and what the kernel writes once.
     assert daemon.report_free(report_for(3 * GIB)) == vm_guest_pb2.SUCCESS

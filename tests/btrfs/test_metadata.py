@@ -155,7 +155,7 @@ def test_room_stays_for_the_next_metadata_chunk(
     daemon = make_daemon(guest)
     assert daemon.report_free(0, vm_guest_pb2.DISK_CRITICAL) == vm_guest_pb2.SUCCESS, daemon.report().balloon
     kept = daemon.report().filesystem.unallocated_bytes
-    more, error = _make_many(guest.mountpoint / "more", "symlink", 10)
+    more, error = _make_many(guest.mountpoint / "more", "symlink", 5, most=5000, rate=2000)
     figures.note(profile=profile, made=made, unallocated_kept=kept, more=more, errno=error)
     assert not support.read_only(guest)
     assert more >= 1500  # a fifth of that without

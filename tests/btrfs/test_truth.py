@@ -39,7 +39,7 @@ class Case:
 
 
 def _half_holed(guest: Guest) -> None:
-    support.half_holes(guest, min(available(guest) // 2, 100 * MIB))
+    support.half_holes(guest, min(available(guest) // 2, 60 * MIB))
 
 
 def _deleted(guest: Guest) -> None:
@@ -58,7 +58,7 @@ CASES = [
     Case("half a gibibyte, empty", 512 * MIB, 200 * MIB),
     Case("half a gibibyte, nothing allowed", 512 * MIB, 0),
     Case("half a gibibyte, single", 512 * MIB, 150 * MIB, mkfs=SINGLE),
-    Case("half a gibibyte, half-holed", 512 * MIB, 100 * MIB, _half_holed),
+    Case("half a gibibyte, half-holed", 512 * MIB, 100 * MIB, _half_holed, marks=[pytest.mark.slow]),
     Case("half a gibibyte, nearly full", 512 * MIB, 10 * MIB, support.nearly_full),
     Case("half a gibibyte, mixed", 512 * MIB, 200 * MIB, mkfs=("--mixed",)),
     Case("one gibibyte, snapshots", GIB, 300 * MIB, _snapshots),
