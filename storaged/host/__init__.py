@@ -1,0 +1,1 @@
+"""The host's side: one disk, many guests. Never imported by the guest's daemon."""
