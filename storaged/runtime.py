@@ -495,10 +495,9 @@ class StorageService:
     def _settle_after_job(self) -> None:
         """From the resize thread: the balloon is right again before the host hears that the job is over."""
         limit = self._state.balloon.limit
-        if limit is None:
-            return
         try:
-            self._engine.hold(limit)
+            if limit is not None or self._engine.size():
+                self._engine.hold(limit)
         except (StoragedError, OSError) as error:
             log.info("the balloon comes back later: %s", error)  # the job's end makes the core try again
 

@@ -6,6 +6,7 @@ Blocking; run it off the event loop. One lock serialises it with the resize runn
 from __future__ import annotations
 
 import bisect
+import contextlib
 import errno
 import threading
 import time
@@ -164,6 +165,21 @@ class BalloonEngine:
             if given:
                 self._fs.sync()
             return given
+
+    def anchor(self, layout: Layout, size: int) -> None:
+        """Hold one sector where a data chunk of `layout` goes above `size` and nobody else holds any data.
+
+        The kernel makes a new data chunk before it cuts one away while no data is used at all, and may find no room
+        (btrfs_may_alloc_data_chunk, fs/btrfs/volumes.c); the least bit of it will do. The next `hold` takes care of
+        what is left.
+        """
+        data = [chunk for chunk in layout.chunks if chunk.kind == "data"]
+        if any(chunk.held for chunk in data) or all(chunk.top <= size for chunk in data):
+            return
+        with self.lock, contextlib.suppress(FilesystemError):  # without it the kernel says why not
+            if not self._balloon.size():
+                self._balloon.extend(SECTOR)
+                self._fs.sync()
 
     def _release(self) -> Held:
         held = self._balloon.size()

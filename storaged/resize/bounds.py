@@ -10,6 +10,9 @@ room below. It is promised only where the kernel cannot fail, whatever order it 
   `p - longest` bytes is certain (`certain_room`).
 - Metadata moves in nodes, so any room in the metadata chunks that stay will do, with a margin for the copies that
   the work itself makes; or a hole for a whole new chunk.
+- A new chunk comes only while the new size is larger than all chunks together, the one that moves included
+  (`unclaimed`); a hole alone is not enough.
+- One data chunk stays, even when no file holds any data: the kernel makes a new one before it cuts the last one away.
 
 A used plus a margin does not do: of all such formulas that were measured, each sometimes failed, and a failure of
 metadata can leave the filesystem read-only.
@@ -128,13 +131,17 @@ def fit(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], longe
     present size when nothing is gained.
     """
     size = max(sector_ceil(max((chunk.top for chunk in staying), default=0)), KERNEL_MINIMUM)
-    if reason := obstacle(layout, moving, staying, size, longest):
-        return layout.size, reason
-    missing = _metadata_short(layout, moving, staying, size)
-    if not missing:
+    reason = ""
+    if missing := _last_data_short(layout, moving, staying, size):
+        reason = f"{missing} bytes stay unallocated, or the last data chunk could not make way for another"
+        size = sector_ceil(size + missing)
+    if blocked := obstacle(layout, moving, staying, size, longest):
+        return layout.size, blocked
+    if missing := _metadata_short(layout, moving, staying, size):
+        reason = f"{missing} bytes stay unallocated for metadata, which could not grow otherwise"
+        size = sector_ceil(size + missing)
+    if not reason:
         return min(size, layout.size), ""
-    reason = f"{missing} bytes stay unallocated for metadata, which could not grow otherwise"
-    size = sector_ceil(size + missing)
     if moving and size < moving[-1].top and not obstacle(layout, moving, staying, size, longest):
         return size, reason
     return layout.size, reason
@@ -145,24 +152,70 @@ def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], 
 
     Room that `moving` itself takes up below `size` is free only afterwards, so it does not count.
     """
-    if not any(chunk.held or chunk.kind != "data" for chunk in moving):
+    last_data = _last_data(moving, staying)
+    if last_data is None and not any(chunk.held or chunk.kind != "data" for chunk in moving):
         return ""
     where = f"{moving[-1].kind} chunk at {moving[-1].top - moving[-1].stripe_length}"
     if any(chunk.kind not in ("data", "metadata", "system") for chunk in moving):
         return f"{where} cannot move: it mixes data and metadata"
     room = sorted(holes((*moving, *staying), size), reverse=True)
-    for needed in _wanted_holes(layout, moving, staying):
-        if not room or room[0] < needed:
+    claimable = unclaimed(moving, room)
+    wanted = (
+        _wanted_holes(layout, moving, staying) if any(chunk.held or chunk.kind != "data" for chunk in moving) else []
+    )
+    for needed in wanted:
+        if not room or room[0] < needed or claimable < needed:
             return f"{where} cannot move: no hole of {needed} bytes for a new metadata or system chunk"
         room = sorted([room[0] - needed, *room[1:]], reverse=True)
+        claimable -= needed
+    if last_data is not None and unclaimed([last_data], room) - sum(wanted) < MIB:
+        start = last_data.top - last_data.stripe_length
+        return f"data chunk at {start} cannot move: it is the last one, and there is no hole for another"
+    fresh = _new_chunks(room, size, claimable)
     data = sum(chunk.held for chunk in moving if chunk.kind == "data")
-    certain = certain_room((*_rooms(staying), *_new_chunks(room, size)), longest)
+    certain = certain_room((*_rooms(staying), *fresh), longest)
     if data > certain:
         return (
             f"{where} cannot move: {data} bytes lie above {size}, and room for only {certain} is certain"
             f" below it (the longest extent has {longest})"
         )
     return ""
+
+
+def _last_data(moving: Sequence[Chunk], staying: Sequence[Chunk]) -> Chunk | None:
+    """The lowest data chunk of `moving` when no other stays.
+
+    btrfs_may_alloc_data_chunk (fs/btrfs/volumes.c) makes a new one first, even for an empty one.
+    """
+    if any(chunk.kind == "data" for chunk in staying):
+        return None
+    return min((chunk for chunk in moving if chunk.kind == "data"), key=lambda chunk: chunk.top, default=None)
+
+
+def _last_data_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int) -> int:
+    """Bytes of the device that a new data chunk lacks beside the last one that moves; 0 when there is room."""
+    last = _last_data(moving, staying)
+    if last is None:
+        return 0
+    room = unclaimed([last], holes((*moving, *staying), size)) - sum(_wanted_holes(layout, moving, staying))
+    return max(MIB - room, 0)
+
+
+def unclaimed(moving: Iterable[Chunk], room: Iterable[int]) -> int:
+    """Bytes of new chunks that the kernel can make in `room` while `moving` is still there, one chunk after the other.
+
+    It makes none when the device's new size is not above what all chunks take, those above the new end included
+    (fs/btrfs/volumes.c, gather_device_info; measured on Linux 6.18). Empty chunks go along with the one that holds
+    something, so all of them may still be there.
+    """
+    largest = empty = 0
+    for chunk in moving:
+        length = len(chunk.stripes) * chunk.stripe_length
+        if chunk.used or chunk.kind != "data":
+            largest = max(largest, length)
+        else:
+            empty += length
+    return sum(room) - largest - empty
 
 
 def _rooms(staying: Iterable[Chunk]) -> list[int]:
@@ -215,13 +268,17 @@ def _data_chunk(size: int) -> int:
     return max(min(GIB, size // 10) // 65536 * 65536, 65536)
 
 
-def _new_chunks(room: Iterable[int], size: int) -> list[int]:
-    """The data chunks the kernel can make in holes of these lengths."""
+def _new_chunks(room: Iterable[int], size: int, claimable: int) -> list[int]:
+    """The data chunks the kernel can make in holes of these lengths, `claimable` bytes in all."""
     chunk = _data_chunk(size)
-    pieces = []
+    pieces: list[int] = []
     for hole in room:
         whole, rest = divmod(hole // 65536 * 65536, chunk)
-        pieces += [chunk] * whole + ([rest] if rest >= MIB else [])
+        for piece in [chunk] * whole + ([rest] if rest >= MIB else []):
+            claimable -= piece
+            if claimable < 0:
+                return pieces
+            pieces.append(piece)
     return pieces
 
 
@@ -268,15 +325,17 @@ def next_step(layout: Layout, target: int, longest: Longest) -> Step:
     ordered = sorted(
         (c for c in layout.chunks if c.used or c.kind != "data"), key=lambda chunk: chunk.top, reverse=True
     )
-    if not ordered or ordered[0].top <= target:
-        return Step(target, (), 0)
-    chunk = ordered[0]
-    size = max(sector_ceil(ordered[1].top) if len(ordered) > 1 else 0, target)
-    if chunk.vacant:
-        return Step(size, (chunk,), 0)
-    reach = longest(chunk) if chunk.kind == "data" else 0
-    staying = [other for other in layout.chunks if other.top <= size and other is not chunk]
-    return Step(size, (chunk,) if chunk.balloon else (), chunk.held, obstacle(layout, [chunk], staying, size, reach))
+    chunk = ordered[0] if ordered and ordered[0].top > target else None
+    size = target
+    if chunk is not None and len(ordered) > 1:
+        size = max(sector_ceil(ordered[1].top), target)
+    going = sorted((c for c in layout.chunks if c.top > size), key=lambda c: c.top, reverse=True)
+    staying = [c for c in layout.chunks if c.top <= size]
+    reach = longest(chunk) if chunk is not None and chunk.kind == "data" and chunk.held else 0
+    blocked = obstacle(layout, going, staying, size, reach) if going else ""
+    if chunk is None:
+        return Step(size, (), 0, blocked)
+    return Step(size, (chunk,) if chunk.balloon else (), chunk.held, blocked)
 
 
 def left_to_move(layout: Layout, target: int) -> int:

@@ -6,7 +6,6 @@ resizer's child process.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import threading
 import time
@@ -17,7 +16,7 @@ from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
 from storaged.core.ports import Clock, Filesystem, Resizer
 from storaged.errors import FilesystemError, Kind, StoragedError
-from storaged.resize.bounds import Step, left_to_move, next_step
+from storaged.resize.bounds import Layout, Step, left_to_move, next_step
 from storaged.resize.job import Job
 from storaged.units import MIB, SECTOR, sector_floor
 
@@ -127,43 +126,35 @@ class ResizeRunner:
             if work.stop.is_set():
                 raise FilesystemError("cancelled", errno.ECANCELED)
             with self._balloon.lock:
-                step, left = self._ready_step(target)
+                step, layout = self._ready_step(target)
+                left = left_to_move(layout, target)
                 if size == work.job.start_size:
                     work.tell(ev.JobPrepared(work.job.id))
                 if step.vacate:
                     self._balloon.vacate(step.vacate)
+                self._balloon.anchor(layout, step.size)
                 self._watched(work, step, left)
             work.moved += step.moves
             size = step.size
             self._progress(work, size, work.moved, work.moved + left - step.moves)
 
-    def _ready_step(self, target: int) -> tuple[Step, int]:
-        """The next step, the balloon out of its way, and the bytes left to move; FilesystemError if not certain."""
+    def _ready_step(self, target: int) -> tuple[Step, Layout]:
+        """The next step, room made for what it moves, and the layout it is for; FilesystemError if not certain."""
         while True:
             self._fs.sync()  # usage and free room are true only after a commit
-            self._drop_the_last_data_chunks()
             layout, longest = self._balloon.layout(), self._balloon.longest()
             step = next_step(layout, target, longest)
             if step.blocked:
                 # The guest has written since the request was judged.
                 raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
             if not step.moves or not next_step(layout.as_it_is(), target, longest).blocked:
-                return step, left_to_move(layout, target)
+                return step, layout
             # What moves needs room that the balloon holds: as much as is cut away, so nothing is gained by others.
             staying = [chunk for chunk in layout.chunks if chunk.top <= step.size]
             lowest = [chunk for chunk in staying if chunk.top <= target]
             wanted = step.moves + YIELD_MORE
             if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
                 raise FilesystemError("the balloon could not make room for what has to move", errno.ENOSPC)
-
-    def _drop_the_last_data_chunks(self) -> None:
-        """With no data at all the kernel makes a new data chunk before it cuts an empty one away, and finds no room.
-
-        btrfs_may_alloc_data_chunk (fs/btrfs/volumes.c); measured on Linux 6.18.
-        """
-        if self._fs.space().data_used < MIB:
-            with contextlib.suppress(FilesystemError):
-                self._fs.reclaim_empty_chunks()
 
     def _watched(self, work: _Work, step: Step, left: int) -> None:
         """Call the kernel while another thread reports how far it is."""

@@ -2,7 +2,8 @@
 
 It keeps to what the real one was measured to do: first fit in data chunks, then a new chunk in the lowest hole;
 all-or-nothing preallocation; emptied chunks stay allocated until they are reclaimed; a shrink must find room below
-the new end for everything above it. Logical addresses are device offsets (single profile).
+the new end for everything above it, makes new chunks only while all chunks together are smaller than the new size,
+and keeps one data chunk while no data is used. Logical addresses are device offsets (single profile).
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class SimDisk:
                 size -= part
         while size > 0:
             hole = self.hole(self.data_chunk, below)
-            if hole is None:
+            if hole is None or sum(c.length for c in self.chunks) >= below:
                 for chunk in made:
                     self.chunks.remove(chunk)
                 return None
@@ -320,6 +321,8 @@ class SimResizer:
             self._spend(chunk.used + chunk.held)
             with disk.lock:
                 if chunk.kind == "data":
+                    if not any(c.used or c.held for c in disk.of("data")):
+                        self._another(size)
                     placed = disk.place(chunk.used, size) if chunk.used else []
                     # A relocated balloon is real writes: nothing of it may be left above.
                     held = disk.place(chunk.held, size) if placed is not None and chunk.held else []
@@ -336,6 +339,12 @@ class SimResizer:
                 for target, part in held:
                     target.held += part
                 disk.chunks.remove(chunk)
+
+    def _another(self, size: int) -> None:
+        """What the kernel does before it cuts a data chunk away while none holds anything: it makes a new one."""
+        placed = self.disk.place(self.disk.data_free() + SECTOR, size)
+        if placed is None:
+            raise FilesystemError(f"resize to {size} bytes: no room", errno.ENOSPC)
 
     def _spend(self, size: int) -> None:
         disk = self.disk

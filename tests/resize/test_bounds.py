@@ -131,10 +131,35 @@ def chunk(logical: int, length: int, start: int, *, used: int = 0, balloon: int 
 
 def test_a_balloon_is_no_obstacle_and_a_byte_beside_it_is() -> None:
     low = chunk(0, 300 * MIB, MIB, used=MIB, kind="metadata")
+    first = chunk(9 * GIB, 8 * MIB, 301 * MIB)
     top = chunk(GIB, GIB, 2 * GIB, used=GIB, balloon=GIB)
-    assert guaranteed(Layout(8 * GIB, 8 * GIB, (low, top))) == 301 * MIB
+    assert guaranteed(Layout(8 * GIB, 8 * GIB, (low, first, top))) == 309 * MIB
     shared = replace(top, balloon=GIB - SECTOR)
-    assert guaranteed(Layout(8 * GIB, 8 * GIB, (low, shared))) == 3 * GIB
+    assert guaranteed(Layout(8 * GIB, 8 * GIB, (low, first, shared))) == 3 * GIB
+
+
+def test_the_last_data_chunk_goes_only_where_another_can_be_made() -> None:
+    low = chunk(0, 300 * MIB, MIB, used=MIB, kind="metadata")
+    last = chunk(GIB, GIB, 2 * GIB, used=GIB, balloon=GIB)
+    layout = Layout(8 * GIB, 8 * GIB, (low, last))
+    bounds = compute(layout, a_sector)
+    # The kernel makes no chunk while all of them take as much as the new size.
+    assert bounds.minimum == bounds.guaranteed == 300 * MIB + GIB + 2 * MIB
+    assert not next_step(layout, bounds.minimum, a_sector).blocked
+    assert "last one" in next_step(layout, bounds.minimum - SECTOR, a_sector).blocked
+    kept = replace(layout, chunks=(low, replace(last, stripes=(301 * MIB,))))
+    assert compute(kept, a_sector).minimum == 301 * MIB + GIB
+
+
+def test_no_new_chunk_is_counted_on_while_all_chunks_together_fill_the_new_size() -> None:
+    metadata = chunk(0, 256 * MIB, MIB, used=MIB, kind="metadata")
+    for hole, fits in ((100 * MIB, False), (300 * MIB, True)):
+        full = chunk(GIB, GIB, 257 * MIB + hole, used=GIB)
+        # Both holes are longer than what moves; the smaller one is not longer than the chunk that it moves out of.
+        top = chunk(2 * GIB, 200 * MIB, full.top, used=50 * MIB)
+        layout = Layout(2 * GIB, 2 * GIB, (metadata, full, top))
+        assert compute(layout, a_sector).minimum == (full.top if fits else top.top)
+        assert (next_step(layout, full.top, a_sector).blocked == "") is fits
 
 
 def test_data_that_fits_below_is_moved_there() -> None:
@@ -199,7 +224,8 @@ def test_nothing_goes_below_what_the_kernel_takes() -> None:
 
 def test_each_step_cuts_what_it_vacated() -> None:
     chunks = tuple(chunk(n * GIB, GIB, (n + 1) * GIB, used=GIB, balloon=GIB) for n in range(3))
-    steps, _ = walk(Layout(8 * GIB, 8 * GIB, chunks), GIB)
+    first = chunk(9 * GIB, 8 * MIB, MIB)
+    steps, _ = walk(Layout(8 * GIB, 8 * GIB, (first, *chunks)), GIB)
     assert [(step.size, step.vacate) for step in steps] == [
         (3 * GIB, (chunks[2],)),
         (2 * GIB, (chunks[1],)),
