@@ -164,7 +164,7 @@ def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], 
         _wanted_holes(layout, moving, staying) if any(chunk.held or chunk.kind != "data" for chunk in moving) else []
     )
     for needed in wanted:
-        if not room or room[0] < needed or claimable < needed:
+        if not room or room[0] < needed or claimable < MIB:
             return f"{where} cannot move: no hole of {needed} bytes for a new metadata or system chunk"
         room = sorted([room[0] - needed, *room[1:]], reverse=True)
         claimable -= needed
@@ -269,16 +269,16 @@ def _data_chunk(size: int) -> int:
 
 
 def _new_chunks(room: Iterable[int], size: int, claimable: int) -> list[int]:
-    """The data chunks the kernel can make in holes of these lengths, `claimable` bytes in all."""
+    """The data chunks the kernel can make in holes of these lengths, while any of `claimable` bytes is left."""
     chunk = _data_chunk(size)
     pieces: list[int] = []
     for hole in room:
         whole, rest = divmod(hole // 65536 * 65536, chunk)
         for piece in [chunk] * whole + ([rest] if rest >= MIB else []):
-            claimable -= piece
-            if claimable < 0:
+            if claimable < MIB:
                 return pieces
             pieces.append(piece)
+            claimable -= piece
     return pieces
 
 
