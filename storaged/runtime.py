@@ -37,8 +37,9 @@ READ_WITHIN_S = 2.0
 WATCH_AGAIN_S = 2.0
 MOST_NOTES = 64
 _RECLAIM = True
-_THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "state")
-"""What may wait for what: the journal and the limits never wait for a trim, nor a read for either."""
+_THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "bounds", "state")
+"""What may wait for what: the journal and the limits never wait for a trim, nor a read for either, nor that for
+bounds, which wait for a balloon or a shrink at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +244,12 @@ class StorageService:
         """How small the filesystem can get; while a job runs, as known before it."""
         if self._state.active_job is not None and self._bounds is not None:
             return self._bounds
-        bounds: Bounds = await asyncio.wait_for(self._in("read", self._read_bounds), ANSWER_WITHIN_S)
+        reading = self._in("bounds", self._read_bounds)
+        bounds: Bounds | None = await asyncio.wait_for(self._unless_a_job_starts(reading), ANSWER_WITHIN_S)
+        if bounds is None:
+            if self._bounds is None:
+                raise FilesystemError("a resize has just started; the bounds are known after it", kind=Kind.BUSY)
+            return self._bounds
         self._bounds = bounds
         self._publish()
         return bounds
@@ -470,7 +476,14 @@ class StorageService:
         fs = self._world.filesystem
         space = await asyncio.wait_for(self._in("read", fs.space), ANSWER_WITHIN_S)
         shrinks = sector_floor(size) < space.size
-        bounds = await self.bounds() if shrinks and not space.read_only else Bounds(0, 0, "")
+        bounds = Bounds(0, 0, "")
+        if shrinks and not space.read_only:
+            try:
+                bounds = await self.bounds()
+            except FilesystemError as error:
+                if error.kind is not Kind.BUSY:
+                    raise
+                # A job has started meanwhile: this request is answered with that.
         return ev.Facts(
             size=space.size,
             device=space.device,
@@ -479,6 +492,17 @@ class StorageService:
             read_only=space.read_only,
             exclusive_operation=space.exclusive_operation,
         )
+
+    async def _unless_a_job_starts(self, reading: asyncio.Future[Bounds]) -> Bounds | None:
+        """What is read; None as soon as a job runs, which may hold the filesystem until its end."""
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to see it
+        while not reading.done() and self._state.active_job is None:
+            changed: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
+            try:
+                await asyncio.wait([reading, changed], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+        return await reading if reading.done() else None
 
     def _remember(self) -> Remembered:
         record = self._world.journal.load()

@@ -222,6 +222,24 @@ async def test_a_second_resize_is_answered_in_band(guest: Guest) -> None:
     assert await guest.resize(12 * GIB) == STATUS.ALREADY_IN_PROGRESS
 
 
+async def test_who_waits_for_bounds_waits_for_no_job(guest: Guest) -> None:
+    guest.disk.faults.hang("sync")  # what has to come before the bounds are known
+    guest.disk.faults.hang("resize")
+    shrink = asyncio.ensure_future(guest.resize(6 * GIB))
+    bounds = asyncio.ensure_future(refused(guest.maitred.GetResizeBounds(EMPTY)))
+    await until(lambda: _reached(guest, "sync"))
+    assert (await guest.maitred.GetAvailableSpace(EMPTY)).available_space > 0
+    assert await guest.resize(12 * GIB) == STATUS.STARTED
+    assert await asyncio.wait_for(shrink, 1) == STATUS.ALREADY_IN_PROGRESS
+    code, text = await asyncio.wait_for(bounds, 1)
+    assert code is grpc.StatusCode.ABORTED
+    assert "known after it" in text
+
+
+async def _reached(guest: Guest, operation: str) -> bool:
+    return guest.disk.faults.calls[operation] > 0
+
+
 @pytest.mark.parametrize(
     ("size", "code"),
     [
