@@ -16,6 +16,7 @@ _LEAST: dict[str, float] = {
     "retry_most_s": 0.01,
     "guard_every_s": 0.1,
     "guard_soon_s": 0.01,
+    "guard_calm_s": 0.1,
     "trim_again_s": 0.0,
     "capacity_wait_s": 0.0,
     "capacity_poll_s": 0.01,

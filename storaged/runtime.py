@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from storaged.balloon.engine import BalloonEngine
-from storaged.balloon.target import comfortable_headroom, tight
+from storaged.balloon.target import calm, comfortable_headroom, tight
 from storaged.core import events as ev
 from storaged.core import machine
 from storaged.core.model import Config, DirtyLimits, HostReport, Space, Told
@@ -35,6 +35,8 @@ ANSWER_WITHIN_S = 15.0
 """A host gives 20 s: an answer must go out in time whatever the disk does."""
 READ_WITHIN_S = 2.0
 WATCH_AGAIN_S = 2.0
+POLL_PACE_S = 0.002
+"""A host that polls a running job in a loop is answered no faster than this: the processor is for the kernel's work."""
 MOST_NOTES = 64
 _RECLAIM = True
 _THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "bounds", "state")
@@ -89,7 +91,9 @@ class StorageService:
         self._trimming = False
         self._closing = self._stopped = False
         self._moved_total = 0
+        self._polled_at = 0.0
         self._bounds: Bounds | None = None
+        self._bounds_for: Space | None = None
         self._snapshot: Snapshot | None = None
 
     # --- for the front ----------------------------------------------------------------------------------------
@@ -240,19 +244,42 @@ class StorageService:
             return job.requested
         return size
 
-    async def bounds(self) -> Bounds:
-        """How small the filesystem can get; while a job runs, as known before it."""
+    async def pace(self) -> None:
+        """Before a poll is answered: wait up to 2 ms while a job runs and nothing changes, if the last was just now."""
+        clock = self._world.clock
+        wait = self._polled_at + POLL_PACE_S - clock.monotonic()
+        if wait > 0 and self._state.active_job is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(wait, POLL_PACE_S))
+        self._polled_at = clock.monotonic()
+
+    async def bounds(self, patience_s: float | None = None) -> Bounds:
+        """How small the filesystem can get; while a job runs, as known before it.
+
+        Raises FilesystemError (BUSY) when that is not known and a job that started meanwhile holds the filesystem
+        for longer than `patience_s` (READ_WITHIN_S), and TimeoutError when the disk does not answer.
+        """
         if self._state.active_job is not None and self._bounds is not None:
             return self._bounds
         reading = self._in("bounds", self._read_bounds)
         bounds: Bounds | None = await asyncio.wait_for(self._unless_a_job_starts(reading), ANSWER_WITHIN_S)
-        if bounds is None:
-            if self._bounds is None:
-                raise FilesystemError("a resize has just started; the bounds are known after it", kind=Kind.BUSY)
+        if bounds is None and self._bounds is not None:
             return self._bounds
+        if bounds is None:
+            await asyncio.wait([reading], timeout=READ_WITHIN_S if patience_s is None else patience_s)
+            if not reading.done():
+                raise FilesystemError("a resize has just started; the bounds are known after it", kind=Kind.BUSY)
+            bounds = await reading
         self._bounds = bounds
         self._publish()
         return bounds
+
+    async def bounds_lately(self) -> None:
+        """Know the bounds; as they were read last when the filesystem's accounting has not moved since."""
+        space = await asyncio.wait_for(self._in("read", self._world.filesystem.space), READ_WITHIN_S)
+        if self._bounds is None or space != self._bounds_for:
+            await self.bounds()
+            self._bounds_for = await asyncio.wait_for(self._in("read", self._world.filesystem.space), READ_WITHIN_S)
 
     async def available(self) -> int:
         """Bytes applications can still write, by statvfs where the kernel's answer can be believed."""
@@ -431,7 +458,7 @@ class StorageService:
             self._spawn(self._guard(spent))
             return
         now, size = self._world.clock.monotonic(), self._state.balloon.size
-        self._post(ev.BalloonGuarded(size, 0, now, tight(space, headroom)))
+        self._post(ev.BalloonGuarded(size, 0, now, tight(space, headroom), calm(space, headroom)))
 
     async def _guard(self, spent: int) -> None:
         given, tight = 0, False
@@ -461,6 +488,7 @@ class StorageService:
                 fs.reclaim_empty_chunks()
             except FilesystemError as error:
                 log.info("empty chunks stay: %s", error)  # busy, or no room to work in; trimming still helps
+        fs.sync()  # what was deleted since the last commit is not free yet
         return fs.trim()
 
     def _read_bounds(self) -> Bounds:
@@ -479,7 +507,7 @@ class StorageService:
         bounds = Bounds(0, 0, "")
         if shrinks and not space.read_only:
             try:
-                bounds = await self.bounds()
+                bounds = await self.bounds(patience_s=0)
             except FilesystemError as error:
                 if error.kind is not Kind.BUSY:
                     raise

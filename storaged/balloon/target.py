@@ -115,6 +115,11 @@ def tight(space: Space, headroom: int | None = None) -> bool:
     return not space.mixed and now < 2 * comfortable_headroom(space)
 
 
+def calm(space: Space, headroom: int) -> bool:
+    """True when metadata could not run out within some seconds, so that looking seldom is enough."""
+    return not space.mixed and headroom >= 4 * comfortable_headroom(space)
+
+
 def relief_budget(space: Space, reserve: int, spent: int) -> int:
     """Bytes the balloon may still give to metadata after `spent` since the last report.
 

@@ -7,6 +7,7 @@ import time
 
 from storaged.btrfs.filesystem import kernel
 from storaged.core.model import DirtyLimits
+from storaged.errors import FilesystemError
 
 VM = "/proc/sys/vm"
 
@@ -38,8 +39,12 @@ class ProcSysctl:
                     self._write(f"{name}_ratio", ratio)
 
     def _read(self, name: str) -> int:
-        with open(f"{self._root}/{name}", encoding="ascii") as file:
-            return int(file.read())
+        with open(f"{self._root}/{name}", "rb") as file:
+            text = file.read(32)
+        try:
+            return int(text)
+        except ValueError:
+            raise FilesystemError(f"reading the write-back limits: {name} holds {text!r}, no number") from None
 
     def _write(self, name: str, value: int) -> None:
         fd = os.open(f"{self._root}/{name}", os.O_WRONLY | os.O_CLOEXEC)

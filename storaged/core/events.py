@@ -41,6 +41,8 @@ class BalloonGuarded:
     relief: int
     at: float
     tight: bool = False
+    calm: bool = False
+    """There is a lot of headroom: no need to look at it again so soon."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,8 +173,13 @@ def _entered(state: State, before: Level, now: float) -> Result:
 
 def _guard_at(state: State, event: ev.BalloonSettled | ev.BalloonGuarded) -> float | None:
     """When to look at metadata headroom next: never while nothing is held back."""
+    if not event.size:
+        return None
     config = state.config
-    return event.at + (config.guard_soon_s if event.tight else config.guard_every_s) if event.size else None
+    if event.tight:
+        return event.at + config.guard_soon_s
+    calm = isinstance(event, ev.BalloonGuarded) and event.calm
+    return event.at + (max(config.guard_calm_s, config.guard_every_s) if calm else config.guard_every_s)
 
 
 def _act(state: State, level: Level, now: float) -> Result:

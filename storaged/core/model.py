@@ -105,6 +105,8 @@ class Config:
     """How often metadata headroom is looked at while the balloon holds anything."""
     guard_soon_s: float = 0.2
     """The same while headroom is small or has just been given."""
+    guard_calm_s: float = 2.5
+    """The same while there is so much headroom that nothing could use it up in that time."""
     trim_again_s: float = 60.0
     """Shortest time between two trims while the level stays above NORMAL."""
     capacity_wait_s: float = 5.0

@@ -56,7 +56,7 @@ class Storage(storaged_v1_pb2_grpc.StorageServicer):
 
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
         with contextlib.suppress(StoragedError, TimeoutError):  # a report must come whatever the disk does
-            await self._storage.bounds()
+            await self._storage.bounds_lately()
         return self._report(await self._storage.refreshed())
 
     async def CancelResize(self, request: pb.CancelResizeRequest, context: Context) -> pb.CancelResizeResponse:

@@ -43,6 +43,7 @@ class SimDisk:
         self.device = device if device is not None else size
         self.read_only = False
         self.exclusive_operation = "none"
+        self.freed = 0  # since the last commit: no trim reaches it yet
         self.untrimmed = 0
         self.written = 0
         self.speed: float | None = None  # bytes a second that a shrink moves; None is at once
@@ -128,7 +129,7 @@ class SimDisk:
                 part = min(chunk.used, size - freed)
                 chunk.used -= part
                 freed += part
-            self.untrimmed += freed
+            self.freed += freed
             return freed
 
     def set_device(self, device: int) -> None:
@@ -204,6 +205,9 @@ class SimFilesystem:
 
     def sync(self) -> None:
         self.disk.faults.meet("sync")
+        with self.disk.lock:
+            self.disk.untrimmed += self.disk.freed
+            self.disk.freed = 0
 
     def discard_supported(self) -> bool:
         return True

@@ -121,6 +121,7 @@ def test_nothing_is_taken_while_chunks_move(guest: Guest, what: str) -> None:
 def test_freed_blocks_are_handed_back_before_the_balloon_takes_their_place(guest: Guest) -> None:
     guest.disk.write(2 * GIB)
     guest.disk.delete(GIB)
+    guest.filesystem.sync()
     guest.engine.hold(GIB)
     assert guest.disk.untrimmed == 0
     assert guest.disk.faults.calls["trim"] == 1

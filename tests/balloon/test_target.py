@@ -187,6 +187,12 @@ def test_relief_is_at_most_a_quarter_of_the_reserve_or_a_chunk(
     assert target.relief_budget(replace(FRESH, data_chunk=chunk), reserve, spent) == budget
 
 
+@given(found=spaces(), headroom=st.integers(0, GIB))
+def test_who_is_tight_is_not_calm(found: tuple[Space, int], headroom: int) -> None:
+    space, _ = found
+    assert not (target.tight(space, headroom) and target.calm(space, headroom))
+
+
 @given(found=spaces())
 def test_whoever_is_due_relief_is_looked_at_often(found: tuple[Space, int]) -> None:
     space, held = found

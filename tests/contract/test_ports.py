@@ -321,6 +321,14 @@ def test_limits_that_are_not_there_are_an_error_with_a_name(tmp_path: Path) -> N
         ProcSysctl(str(tmp_path)).set_dirty_limits(RATIOS)
 
 
+@pytest.mark.parametrize("text", ["", "many", "1 2", "\x00"])
+def test_limits_that_are_no_numbers_are_an_error_with_a_name(tmp_path: Path, text: str) -> None:
+    FakeVm(tmp_path, RATIOS)
+    (tmp_path / "dirty_bytes").write_text(text, encoding="ascii")
+    with pytest.raises(FilesystemError, match="dirty_bytes holds"):
+        ProcSysctl(str(tmp_path)).dirty_limits()
+
+
 @pytest.fixture(params=["sim", "real"])
 def journal(request: pytest.FixtureRequest, tmp_path: Path) -> JournalStore:
     """An empty journal."""

@@ -244,6 +244,21 @@ def test_metadata_is_guarded_while_the_balloon_holds_anything() -> None:
     assert state.balloon.relief == 0, "each report starts anew"
 
 
+@pytest.mark.parametrize(
+    ("tight", "calm", "after"),
+    [
+        (False, False, CONFIG.guard_every_s),
+        (False, True, CONFIG.guard_calm_s),
+        (True, False, CONFIG.guard_soon_s),
+        (True, True, CONFIG.guard_soon_s),
+    ],
+)
+def test_the_less_headroom_the_sooner_it_is_looked_at(tight: bool, calm: bool, after: float) -> None:
+    state, _ = play(State(), reported(5 * GIB), ev.BalloonSettled(4 * GIB, GIB, 0.0))
+    state, _ = step(state, ev.BalloonGuarded(GIB, 0, 2.0, tight, calm))
+    assert next_wakeup(state) == 2.0 + after
+
+
 def test_a_balloon_that_failed_is_guarded_too() -> None:
     state, _ = play(State(), reported(5 * GIB), ev.BalloonFailed(4 * GIB, GIB, "no room", 0.0))
     assert state.balloon.guard_at == CONFIG.guard_every_s

@@ -222,7 +222,8 @@ async def test_a_second_resize_is_answered_in_band(guest: Guest) -> None:
     assert await guest.resize(12 * GIB) == STATUS.ALREADY_IN_PROGRESS
 
 
-async def test_who_waits_for_bounds_waits_for_no_job(guest: Guest) -> None:
+async def test_who_waits_for_bounds_waits_for_no_job(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "READ_WITHIN_S", 0.2)
     guest.disk.faults.hang("sync")  # what has to come before the bounds are known
     guest.disk.faults.hang("resize")
     shrink = asyncio.ensure_future(guest.resize(6 * GIB))
@@ -372,7 +373,7 @@ async def test_cancel_while_waiting(guest: Guest) -> None:
 async def test_cancel_while_preparing(guest: Guest) -> None:
     facts = await guest.service.bounds()
 
-    async def bounds() -> object:
+    async def bounds(**_: float) -> object:
         return facts
 
     guest.service.bounds = bounds  # type: ignore[assignment,method-assign]  # so that only the job waits for the disk
@@ -460,6 +461,14 @@ async def test_the_report_has_the_bounds_of_now(guest: Guest) -> None:
         assert report.bounds.why
 
 
+async def test_reports_one_after_the_other_leave_the_disk_alone(guest: Guest) -> None:
+    await guest.report()
+    before = guest.disk.faults.calls["sync"]
+    for _ in range(10):
+        await guest.report()
+    assert guest.disk.faults.calls["sync"] == before
+
+
 async def test_before_the_first_report_nothing_is_made_up(guest: Guest) -> None:
     report = await guest.report()
     assert report.pressure.level == pb.LEVEL_UNKNOWN
@@ -498,6 +507,14 @@ async def test_trim(guest: Guest) -> None:
     assert answer.trimmed_bytes > 0
     assert guest.disk.of("data") == []
     assert (await guest.report()).reclaimed_bytes_total == answer.trimmed_bytes
+
+
+@pytest.mark.parametrize("reclaim", [True, False])
+async def test_a_trim_reaches_what_was_deleted_just_before_it(guest: Guest, reclaim: bool) -> None:
+    guest.disk.write(2 * GIB)
+    guest.disk.delete(2 * GIB)
+    await guest.storage.Trim(pb.TrimRequest(reclaim_empty_chunks=reclaim))
+    assert (guest.disk.freed, guest.disk.untrimmed) == (0, 0)
 
 
 async def test_a_trim_that_fails_says_why(guest: Guest) -> None:
