@@ -35,8 +35,6 @@ ANSWER_WITHIN_S = 15.0
 """A host gives 20 s: an answer must go out in time whatever the disk does."""
 READ_WITHIN_S = 2.0
 WATCH_AGAIN_S = 2.0
-POLL_PACE_S = 0.002
-"""A host that polls a running job in a loop is answered no faster than this: the processor is for the kernel's work."""
 MOST_NOTES = 64
 _RECLAIM = True
 _THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "bounds", "state")
@@ -91,7 +89,6 @@ class StorageService:
         self._trimming = False
         self._closing = self._stopped = False
         self._moved_total = 0
-        self._polled_at = 0.0
         self._bounds: Bounds | None = None
         self._bounds_for: Space | None = None
         self._snapshot: Snapshot | None = None
@@ -243,15 +240,6 @@ class StorageService:
         if job is not None and size == sector_floor(job.requested):
             return job.requested
         return size
-
-    async def pace(self) -> None:
-        """Before a poll is answered: wait up to 2 ms while a job runs and nothing changes, if the last was just now."""
-        clock = self._world.clock
-        wait = self._polled_at + POLL_PACE_S - clock.monotonic()
-        if wait > 0 and self._state.active_job is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(wait, POLL_PACE_S))
-        self._polled_at = clock.monotonic()
 
     async def bounds(self, patience_s: float | None = None) -> Bounds:
         """How small the filesystem can get; while a job runs, as known before it.

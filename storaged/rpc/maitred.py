@@ -42,7 +42,6 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     async def GetResizeStatus(
         self, request: common_pb2.EmptyMessage, context: Context
     ) -> vm_guest_pb2.GetResizeStatusResponse:
-        await self._storage.pace()
         current = self._storage.current_size()
         job = self._storage.snapshot.state.job
         return vm_guest_pb2.GetResizeStatusResponse(
