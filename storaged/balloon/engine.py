@@ -17,7 +17,7 @@ from storaged.balloon import target
 from storaged.core.model import Space
 from storaged.core.ports import BalloonFile, Filesystem
 from storaged.errors import FilesystemError, Kind
-from storaged.resize.bounds import Chunk, Layout, Longest, with_balloon
+from storaged.resize.layout import Chunk, Layout, Longest, with_balloon
 from storaged.units import MIB, SECTOR, format_size
 
 MOST_MOVES = 64

@@ -14,7 +14,7 @@ from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYST
 from storaged.btrfs import ioctl, search
 from storaged.core.model import Space
 from storaged.errors import FilesystemError, Kind, Unsupported
-from storaged.resize.bounds import Chunk, Layout
+from storaged.resize.layout import Chunk, Layout
 from storaged.units import GIB, MIB
 
 MOST_DATA_CHUNK = GIB

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from storaged.core.model import DirtyLimits, Space
-from storaged.resize.bounds import Layout
+from storaged.resize.layout import Layout
 
 
 class Filesystem(Protocol):

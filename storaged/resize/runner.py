@@ -16,8 +16,9 @@ from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
 from storaged.core.ports import Clock, Filesystem, Resizer
 from storaged.errors import FilesystemError, Kind, StoragedError
-from storaged.resize.bounds import Layout, Step, left_to_move, next_step
+from storaged.resize.fit import Step, next_step
 from storaged.resize.job import Job
+from storaged.resize.layout import Layout, left_to_move
 from storaged.units import MIB, SECTOR, sector_floor
 
 POLL_S = 0.1

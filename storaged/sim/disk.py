@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from storaged.core.model import Space
 from storaged.errors import FilesystemError, Kind
-from storaged.resize.bounds import KERNEL_MINIMUM, Chunk, Layout
+from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout
 from storaged.sim.faults import Faults
 from storaged.units import GIB, MIB, SECTOR, sector_floor
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storaged.resize.bounds import (
-    FIRST_USABLE,
-    KERNEL_MINIMUM,
-    Chunk,
-    Layout,
-    Step,
-    certain_room,
-    compute,
-    holes,
-    left_to_move,
-    next_step,
-    with_balloon,
-)
+from storaged.resize.bounds import compute
+from storaged.resize.fit import Step, certain_room, fit, next_step
+from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, holes, left_to_move, with_balloon
 from storaged.units import GIB, MIB, SECTOR, sector_ceil
 
 
@@ -31,7 +22,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     logical = 0
     for number in range(draw(st.integers(1, 12))):
         at += draw(st.sampled_from([0, 0, MIB, 64 * MIB, 3 * 65536]))
-        kind = "system" if number == 0 else draw(st.sampled_from(["data", "data", "data", "metadata", "mixed"]))
+        kind = "system" if number == 0 else draw(st.sampled_from(["data"] * 8 + ["metadata", "metadata", "mixed"]))
         length = draw(st.integers(1, 4096)) * 65536
         stripes: tuple[int, ...] = (at,)
         at += length
@@ -116,6 +107,40 @@ def test_the_steps_to_a_guaranteed_size_move_nothing_and_vacate_each_chunk_once(
     assert all(step.moves == 0 for step in steps)
 
 
+def every_cut(layout: Layout, longest: dict[int, int]) -> tuple[int, int]:
+    """Minimum and guaranteed by judging the cut below each chunk, one after the other."""
+    ordered = sorted(layout.chunks, key=lambda chunk: chunk.top, reverse=True)
+    best = sure = layout.size
+    for count in range(len(ordered) + 1):
+        moving, staying = ordered[:count], ordered[count:]
+        reach = max((longest[c.logical] for c in moving if c.held and c.kind == "data"), default=0)
+        size, _ = fit(layout, moving, staying, reach)
+        best = min(best, size)
+        if all(chunk.vacant for chunk in moving):
+            sure = min(sure, size)
+    return best, sure
+
+
+@given(layout=layouts(), dice=st.randoms(use_true_random=False))
+def test_no_cut_that_fits_is_overlooked(layout: Layout, dice: random.Random) -> None:
+    longest = {c.logical: dice.choice([SECTOR, c.held, c.held // 3 + SECTOR, 1 << 40]) for c in layout.chunks}
+    bounds = compute(layout, lambda chunk: longest[chunk.logical])
+    assert (bounds.minimum, bounds.guaranteed) == every_cut(layout, longest)
+    assert bounds.why
+
+
+@given(layout=layouts())
+def test_each_chunk_is_asked_for_its_longest_extent_at_most_once(layout: Layout) -> None:
+    asked: list[int] = []
+
+    def longest(chunk: Chunk) -> int:
+        asked.append(chunk.logical)
+        return SECTOR
+
+    compute(layout, longest)
+    assert len(asked) == len(set(asked))
+
+
 @given(layout=layouts())
 def test_a_step_that_cannot_be_certain_says_so(layout: Layout) -> None:
     step = next_step(layout, KERNEL_MINIMUM, lambda _: 1 << 60)
@@ -181,9 +206,19 @@ def test_an_extent_longer_than_every_piece_of_room_stays() -> None:
     low = replace(low, rooms=(64 * MIB,) * 8)
     top = chunk(2 * GIB, GIB, 257 * MIB + GIB, used=GIB // 4)
     layout = Layout(8 * GIB, 8 * GIB, (metadata, low, top))
-    for longest, fits in ((SECTOR, True), (64 * MIB, False), (128 * MIB, False)):
+    for longest, fits in ((SECTOR, True), (63 * MIB, False), (64 * MIB, False), (128 * MIB, False)):
         minimum = compute(layout, lambda _, most=longest: most).minimum  # type: ignore[misc]  # a default binds it
         assert (minimum < layout.chunks[2].top) is fits
+
+
+def test_the_last_extent_needs_only_one_piece() -> None:
+    metadata = chunk(0, 256 * MIB, MIB, used=MIB, kind="metadata")
+    low = replace(chunk(GIB, GIB, 257 * MIB, used=GIB - 130 * MIB), rooms=(130 * MIB,))
+    top = chunk(2 * GIB, GIB, 257 * MIB + GIB, used=128 * MIB)
+    layout = Layout(8 * GIB, 8 * GIB, (metadata, low, top))
+    assert compute(layout, lambda _: 128 * MIB).minimum == 257 * MIB + GIB
+    more = replace(layout, chunks=(metadata, low, replace(top, used=131 * MIB)))
+    assert compute(more, lambda _: 128 * MIB).minimum == top.top
 
 
 def test_what_the_balloon_holds_below_is_room_too() -> None:
@@ -244,11 +279,14 @@ def test_without_anything_above_one_step_does() -> None:
     data=st.data(),
 )
 def test_what_is_called_certain_fits_in_whatever_order(pieces: list[int], longest: int, data: st.DataObject) -> None:
-    """Sizes in sectors: extents are put one after the other into any piece that is long enough, and all fit."""
+    """Sizes in sectors: extents go one after the other into any piece that is long enough.
+
+    As long as less than the certain room was moved before it, each of them fits.
+    """
     certain = certain_room((piece * SECTOR for piece in pieces), longest * SECTOR) // SECTOR
     left = list(pieces)
     while certain > 0:
-        extent = data.draw(st.integers(1, min(longest, certain)))
+        extent = data.draw(st.integers(1, longest))
         fitting = [index for index, piece in enumerate(left) if piece >= extent]
         assert fitting, f"an extent of {extent} finds no room in {left}"
         left[data.draw(st.sampled_from(fitting))] -= extent

@@ -1,0 +1,231 @@
+"""What is certain to fit where: the conditions under which the kernel cannot fail to shrink.
+
+Two numbers. The *guaranteed* size is the top of what anybody but the balloon holds: nothing has to move. The
+*reachable* one is how far evacuation gets, chunk by chunk from the top, each of them moved by the kernel into the
+room below. It is promised only where the kernel cannot fail, whatever order it works in:
+
+- The kernel moves a data extent only into one piece of free room that is as long. If `longest` is the longest extent
+  that has to move, then as long as any piece of room is at least that long, the next extent fits. So when an extent
+  does not fit, every piece `p` of room has already taken more than `p - longest`: room for the sum of
+  `p - longest` bytes is certain (`certain_room`) for all that has moved before the last extent.
+- Metadata moves in nodes, so any room in the metadata chunks that stay will do, with a margin for the copies that
+  the work itself makes; or a hole for a whole new chunk.
+- A new chunk comes only while the new size is larger than all chunks together, the one that moves included
+  (`unclaimed`); a hole alone is not enough.
+- One data chunk stays, even when no file holds any data: the kernel makes a new one before it cuts the last one away.
+
+A used plus a margin does not do: of all such formulas that were measured, each sometimes failed, and a failure of
+metadata can leave the filesystem read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, Longest, holes
+from storaged.units import GIB, MIB, SECTOR, sector_ceil
+
+METADATA_MARGIN = 32 * MIB
+"""Metadata room beyond what moves, for the copies the move itself makes."""
+SYSTEM_CHUNK = 32 * MIB
+"""The largest new system chunk (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
+
+
+def fit(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], longest: int) -> tuple[int, str]:
+    """The smallest size at which `moving` is certain to go in beside `staying`, and why it is not less.
+
+    That is the top of what stays, with a hole behind it where metadata would otherwise have no room to live in. The
+    present size when nothing is gained.
+    """
+    size = max(sector_ceil(max((chunk.top for chunk in staying), default=0)), KERNEL_MINIMUM)
+    reason = ""
+    if missing := _last_data_short(layout, moving, staying, size):
+        reason = f"{missing} bytes stay unallocated, or the last data chunk could not make way for another"
+        size = sector_ceil(size + missing)
+    if blocked := obstacle(layout, moving, staying, size, longest):
+        return layout.size, blocked
+    if missing := _metadata_short(layout, moving, staying, size):
+        reason = f"{missing} bytes stay unallocated for metadata, which could not grow otherwise"
+        size = sector_ceil(size + missing)
+    if not reason:
+        return min(size, layout.size), ""
+    if moving and size < moving[-1].top and not obstacle(layout, moving, staying, size, longest):
+        return size, reason
+    return layout.size, reason
+
+
+def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int, longest: int) -> str:
+    """Why `moving` might not fit below `size` beside `staying`; empty when it is certain to.
+
+    Room that `moving` itself takes up below `size` is free only afterwards, so it does not count.
+    """
+    last_data = _last_data(moving, staying)
+    if last_data is None and not any(chunk.held or chunk.kind != "data" for chunk in moving):
+        return ""
+    where = f"{moving[-1].kind} chunk at {moving[-1].top - moving[-1].stripe_length}"
+    if any(chunk.kind not in ("data", "metadata", "system") for chunk in moving):
+        return f"{where} cannot move: it mixes data and metadata"
+    room = sorted(holes((*moving, *staying), size), reverse=True)
+    claimable = unclaimed(moving, room)
+    wanted = (
+        _wanted_holes(layout, moving, staying) if any(chunk.held or chunk.kind != "data" for chunk in moving) else []
+    )
+    for needed in wanted:
+        if not room or room[0] < needed or claimable < MIB:
+            return f"{where} cannot move: no hole of {needed} bytes for a new metadata or system chunk"
+        room = sorted([room[0] - needed, *room[1:]], reverse=True)
+        claimable -= needed
+    if last_data is not None and unclaimed([last_data], room) - sum(wanted) < MIB:
+        start = last_data.top - last_data.stripe_length
+        return f"data chunk at {start} cannot move: it is the last one, and there is no hole for another"
+    fresh = _new_chunks(room, size, claimable)
+    data = sum(chunk.held for chunk in moving if chunk.kind == "data")
+    certain = certain_room((*_rooms(staying), *fresh), longest)
+    if data and (not certain or data - longest >= certain):
+        return (
+            f"{where} cannot move: {data} bytes lie above {size}, and room for only {certain} is certain"
+            f" below it (the longest extent has {longest})"
+        )
+    return ""
+
+
+def _last_data(moving: Sequence[Chunk], staying: Sequence[Chunk]) -> Chunk | None:
+    """The lowest data chunk of `moving` when no other stays.
+
+    btrfs_may_alloc_data_chunk (fs/btrfs/volumes.c) makes a new one first, even for an empty one.
+    """
+    if any(chunk.kind == "data" for chunk in staying):
+        return None
+    return min((chunk for chunk in moving if chunk.kind == "data"), key=lambda chunk: chunk.top, default=None)
+
+
+def _last_data_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int) -> int:
+    """Bytes of the device that a new data chunk lacks beside the last one that moves; 0 when there is room."""
+    last = _last_data(moving, staying)
+    if last is None:
+        return 0
+    room = unclaimed([last], holes((*moving, *staying), size)) - sum(_wanted_holes(layout, moving, staying))
+    return max(MIB - room, 0)
+
+
+def unclaimed(moving: Iterable[Chunk], room: Iterable[int]) -> int:
+    """Bytes of new chunks that the kernel can make in `room` while `moving` is still there, one chunk after the other.
+
+    It makes none when the device's new size is not above what all chunks take, those above the new end included
+    (fs/btrfs/volumes.c, gather_device_info; measured on Linux 6.18). Empty chunks go along with the one that holds
+    something, so all of them may still be there.
+    """
+    largest = empty = 0
+    for chunk in moving:
+        length = len(chunk.stripes) * chunk.stripe_length
+        if chunk.used or chunk.kind != "data":
+            largest = max(largest, length)
+        else:
+            empty += length
+    return sum(room) - largest - empty
+
+
+def _rooms(staying: Iterable[Chunk]) -> list[int]:
+    return [piece for chunk in staying if chunk.kind == "data" for piece in (*chunk.rooms, *chunk.balloon_rooms)]
+
+
+def _metadata_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int) -> int:
+    """Bytes of the device that metadata lacks once everything is below `size`; 0 when it can live there.
+
+    A filesystem cut down to its last metadata chunk refuses writes that statvfs promises.
+    """
+    kept = [chunk for chunk in staying if chunk.kind in ("metadata", "mixed")]
+    room = sum(chunk.length - chunk.used for chunk in kept)
+    used = sum(chunk.used for chunk in moving if chunk.kind == "metadata")
+    short = used + layout.global_reserve + metadata_margin(size) - room
+    if short <= 0:
+        return 0
+    copies = max((len(chunk.stripes) for chunk in (*moving, *kept) if chunk.kind == "metadata"), default=1)
+    taken = max(sum(c.held for c in moving if c.kind == "data") - sum(_rooms(staying)), 0)
+    return max(copies * short + MIB - max(sum(holes(staying, size)) - taken, 0), 0)
+
+
+def certain_room(pieces: Iterable[int], longest: int) -> int:
+    """Bytes of extents up to `longest` that are sure to fit into `pieces`, whatever the order."""
+    return sum(piece - longest + SECTOR for piece in pieces if piece >= longest)
+
+
+def data_chunk(size: int) -> int:
+    """The length of a new data chunk on a filesystem of `size`: a tenth, at most 1 GiB."""
+    return max(min(GIB, size // 10) // 65536 * 65536, 65536)
+
+
+def _new_chunks(room: Iterable[int], size: int, claimable: int) -> list[int]:
+    """The data chunks the kernel can make in holes of these lengths, while any of `claimable` bytes is left."""
+    chunk = data_chunk(size)
+    pieces: list[int] = []
+    for hole in room:
+        whole, rest = divmod(hole // 65536 * 65536, chunk)
+        for piece in [chunk] * whole + ([rest] if rest >= MIB else []):
+            if claimable < MIB:
+                return pieces
+            pieces.append(piece)
+            claimable -= piece
+    return pieces
+
+
+def metadata_margin(size: int) -> int:
+    """Metadata room that a filesystem of `size` bytes needs to live in: 1/64 of it, 8 to 32 MiB."""
+    return min(max(size // 64, 8 * MIB), METADATA_MARGIN)
+
+
+def metadata_short_of(layout: Layout, used: int, free: int, *, moves: bool) -> int:
+    """Bytes that `free` metadata room lacks for `used` bytes to move into it; what `moves` at all needs more margin."""
+    margin = METADATA_MARGIN if moves else metadata_margin(layout.size)
+    return used + layout.global_reserve + margin - free
+
+
+def _wanted_holes(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk]) -> list[int]:
+    """Holes that new metadata and system chunks may need while `moving` moves, in bytes of the device."""
+    wanted = []
+    metadata = [chunk for chunk in moving if chunk.kind == "metadata"]
+    kept = [chunk for chunk in staying if chunk.kind == "metadata"]
+    free = sum(chunk.length - chunk.used for chunk in kept)
+    short = metadata_short_of(layout, sum(chunk.used for chunk in metadata), free, moves=bool(metadata))
+    if short > 0:
+        copies = max((len(chunk.stripes) for chunk in (*metadata, *kept)), default=1)
+        one = max(min(layout.metadata_chunk, layout.size // 10), MIB)
+        wanted += [copies * one + 16 * MIB] * -(-short // one)
+    for chunk in moving:
+        if chunk.kind == "system":
+            wanted.append(len(chunk.stripes) * max(SYSTEM_CHUNK, chunk.length))
+    return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of the kernel's resize: let the balloon go out of `vacate`, then cut to `size`, moving `moves` bytes."""
+
+    size: int
+    vacate: tuple[Chunk, ...]
+    moves: int
+    blocked: str = ""
+    """Why the call is not certain to succeed; it must not be made then."""
+
+
+def next_step(layout: Layout, target: int, longest: Longest) -> Step:
+    """The next call on the way to `target`: the topmost chunk that holds anything, and what is empty around it.
+
+    One chunk at a time is durable, can be cancelled, and keeps what applications may write from jumping: the room
+    that the balloon gives up is cut away by the same step.
+    """
+    ordered = sorted(
+        (c for c in layout.chunks if c.used or c.kind != "data"), key=lambda chunk: chunk.top, reverse=True
+    )
+    chunk = ordered[0] if ordered and ordered[0].top > target else None
+    size = target
+    if chunk is not None and len(ordered) > 1:
+        size = max(sector_ceil(ordered[1].top), target)
+    going = sorted((c for c in layout.chunks if c.top > size), key=lambda c: c.top, reverse=True)
+    staying = [c for c in layout.chunks if c.top <= size]
+    reach = longest(chunk) if chunk is not None and chunk.kind == "data" and chunk.held else 0
+    blocked = obstacle(layout, going, staying, size, reach) if going else ""
+    if chunk is None:
+        return Step(size, (), 0, blocked)
+    return Step(size, (chunk,) if chunk.balloon else (), chunk.held, blocked)
