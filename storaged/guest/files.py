@@ -39,6 +39,7 @@ def _libc() -> ctypes.CDLL:
 def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     """A descriptor of `path`, which is taken to be relative to `directory`. Raises OSError."""
     how = _How(flags | os.O_CLOEXEC, 0, resolve | RESOLVE_NO_MAGICLINKS)
+    number = 0
     for _ in range(_ATTEMPTS):
         fd: int = _libc().syscall(
             ctypes.c_long(SYS_OPENAT2),
