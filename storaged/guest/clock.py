@@ -80,7 +80,10 @@ class KernelClock:
     """The machine's wall clock."""
 
     def set_wall(self, nanoseconds: int) -> None:
-        time.clock_settime_ns(time.CLOCK_REALTIME, nanoseconds)
+        try:
+            time.clock_settime_ns(time.CLOCK_REALTIME, nanoseconds)
+        except OverflowError:  # more than 63 bits, which is also more than the kernel's own limit
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
 
 
 class Clock:
