@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -108,7 +107,7 @@ def _replace(directory: int, name: str, make: Callable[[str], None]) -> None:
         if entry.startswith(prefix):  # of a run that was killed
             with contextlib.suppress(OSError):
                 os.unlink(entry, dir_fd=directory)
-    temporary = prefix + secrets.token_hex(8)
+    temporary = prefix + os.urandom(8).hex()
     try:
         make(temporary)
         os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)

@@ -71,7 +71,10 @@ class Namespace:
 
 
 class Lab:
-    """guest eth0 - lan ROUTER wan - eth0 far. The guest's end is unconfigured and down, as a machine that has just booted."""
+    """guest eth0 - lan ROUTER wan - eth0 far.
+
+    The guest's end is down and without an address, as on a machine that has just booted.
+    """
 
     NETWORK = "100.115.92.24/30"
     GUEST, ROUTER = "100.115.92.26", "100.115.92.25"

@@ -40,10 +40,10 @@ def test_the_last_second_is_that_of_the_year_9999() -> None:
 @given(st.text(max_size=20))
 def test_a_zone_name_leads_nowhere_else(name: str) -> None:
     try:
-        assert check_zone(name) == name
-    except InvalidRequest as error:
-        assert error.message.startswith("timezone_name ")
+        found = check_zone(name)
+    except InvalidRequest:
         return
+    assert found == name
     assert os.path.normpath(f"/base/{name}") == f"/base/{name}"
     assert name.isascii()
     assert name.isprintable()
@@ -175,10 +175,8 @@ def test_the_kernel_itself_is_asked() -> None:
     refused, allowed = errno.EINVAL, errno.EPERM
     assert [int(line) for line in done.stdout.split()] == [allowed, allowed, refused, refused, refused, refused]
     for value in values:  # the simulation draws the line in the same place
-        expected = refused if value >= SETTABLE_S * NANOS else 0
-        try:
+        if value < SETTABLE_S * NANOS:
             SimWallClock().set_wall(value)
-        except OSError as error:
-            assert error.errno == expected
-        else:
-            assert not expected
+            continue
+        with pytest.raises(OSError, match="Invalid argument"):
+            SimWallClock().set_wall(value)

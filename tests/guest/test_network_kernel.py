@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from storaged.errors import Kind, StoragedError
-from storaged.guest import kernel_network
 from storaged.guest.kernel_network import KernelNetwork
 from storaged.guest.network_worker import Order
 from tests.guest.netns import Lab, Namespace
@@ -195,7 +194,7 @@ def test_what_takes_too_long_is_given_up(tmp_path: Path) -> None:
 def test_a_process_that_dies_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, message: str
 ) -> None:
-    monkeypatch.setattr(kernel_network.sys, "executable", program)
+    monkeypatch.setattr(sys, "executable", program)
     with pytest.raises(StoragedError, match=message):
         KernelNetwork(namespace=str(tmp_path)).renew_ipv6("eth0")
 

@@ -56,8 +56,7 @@ def test_addresses_and_names_come_out_as_they_went_in(addresses: list[object], n
 def test_no_text_adds_a_line_or_a_word(addresses: list[str], names: list[str]) -> None:
     try:
         config = check(addresses, names)
-    except InvalidRequest as error:
-        assert error.message.startswith(("resolv_config.nameservers[", "resolv_config.search_domains["))
+    except InvalidRequest:
         return
     lines = render(config, SETTINGS).splitlines()
     assert len(lines) == (len(addresses) or 4) + bool(names) + 1
