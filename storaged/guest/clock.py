@@ -72,7 +72,7 @@ class ZonePort(Protocol):
     def set_zone(self, name: str, *, bind: bool) -> None:
         """Make zone `name` the local one, by a link or by a bind mount.
 
-        Blocks. Raises StoragedError (also when there is no such zone), and then the zone is what it was.
+        Blocks. Raises StoragedError. When there is no such zone, nothing was changed.
         """
 
 
