@@ -19,7 +19,6 @@ from typing import Any
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 IFF_UP = 1
 MAIN_TABLE = 254  # RT_TABLE_MAIN
-FOREVER = 0xFFFFFFFF  # INFINITY_LIFE_TIME
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +118,13 @@ def _address(index: int, local: str, address: str, prefix_length: int) -> dict[s
 
 
 def _add_address(netlink: Any, index: int, order: Order) -> None:
-    """Add the address, or give the one that is there an endless life."""
+    """Add the address, or give the one that is there an endless life, which is what no lifetime means."""
     _step(
         f"address {order.address}/{order.prefix_length}",
         netlink.addr,
         "replace",
         **_address(index, order.address, order.address, order.prefix_length),
         **({"broadcast": order.broadcast} if order.broadcast else {}),
-        cacheinfo={"ifa_preferred": FOREVER, "ifa_valid": FOREVER},
     )
 
 
