@@ -13,6 +13,9 @@ from storaged.addresses import parse_address
 from storaged.config import ServeConfig
 from storaged.core.ports import World
 from storaged.errors import ConfigError
+from storaged.guest.clock import Clock, KernelClock
+from storaged.guest.network import Network
+from storaged.guest.resolv import Resolv, ResolvFile
 from storaged.rpc.server import Server, Tls
 from storaged.runtime import StorageService
 from storaged.units import GIB, format_size
@@ -68,6 +71,22 @@ def sim_world(options: Options) -> World:
     return replace(make_world(disk, clock=SystemClock()), poll_s=0.1)
 
 
+def real_guest() -> tuple[Network, Resolv, Clock]:
+    """The guest modules of this machine."""
+    from storaged.guest.kernel_network import KernelNetwork
+    from storaged.guest.zones import ZoneFiles
+
+    return Network(KernelNetwork()), Resolv(ResolvFile()), Clock(KernelClock(), ZoneFiles())
+
+
+def sim_guest() -> tuple[Network, Resolv, Clock]:
+    """The same in memory: this machine is not touched."""
+    from storaged.sim.clock import SimWallClock, SimZones
+    from storaged.sim.network import SimNetwork, SimResolv
+
+    return Network(SimNetwork()), Resolv(SimResolv()), Clock(SimWallClock(), SimZones())
+
+
 async def serve(options: Options) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises StoragedError when it cannot start."""
     config = options.config
@@ -78,7 +97,8 @@ async def serve(options: Options) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(storage)
+    network, resolv, clock = sim_guest() if options.sim else real_guest()
+    server = Server(storage, network=network, resolv=resolv, clock=clock)
     exporter = None
     await storage.start()
     try:

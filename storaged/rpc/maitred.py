@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from storaged.core.model import Told
-from storaged.errors import InvalidRequest
+from storaged.errors import InvalidRequest, Unsupported
+from storaged.guest.clock import Clock
+from storaged.guest.network import Network
+from storaged.guest.resolv import Resolv
+from storaged.rpc.decode_network import ipv4_config
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.runtime import StorageService
 
 log = logging.getLogger(__name__)
 Context = Any
+Part = TypeVar("Part")
+EMPTY = common_pb2.EmptyMessage()
+
+
+def _there(part: Part | None) -> Part:
+    """The guest module that a call needs. Raises Unsupported when this daemon was made without it."""
+    if part is None:
+        raise Unsupported("this daemon was started without the module for this call")
+    return part
 
 
 class Maitred(vm_guest_pb2_grpc.MaitredServicer):
-    """The storage half of the contract; every other method answers UNIMPLEMENTED."""
+    """The storage half of the contract and the guest modules that are given; every other method is UNIMPLEMENTED."""
 
-    def __init__(self, storage: StorageService) -> None:
+    def __init__(
+        self,
+        storage: StorageService,
+        *,
+        network: Network | None = None,
+        resolv: Resolv | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self._storage = storage
+        self._network = network
+        self._resolv = resolv
+        self._clock = clock
 
     async def UpdateStorageBalloon(
         self, request: vm_guest_pb2.UpdateStorageBalloonRequest, context: Context
@@ -65,3 +88,34 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     ) -> vm_guest_pb2.GetKernelVersionResponse:
         kernel = os.uname()
         return vm_guest_pb2.GetKernelVersionResponse(kernel_release=kernel.release, kernel_version=kernel.version)
+
+    # --- network, resolver and clock ---
+
+    async def ConfigureNetwork(
+        self, request: vm_guest_pb2.NetworkConfigRequest, context: Context
+    ) -> common_pb2.EmptyMessage:
+        await _there(self._network).configure(*ipv4_config(request))
+        return EMPTY
+
+    async def OnHostNetworkChanged(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._network).host_changed()
+        return EMPTY
+
+    async def ResetIPv6(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._network).host_changed()
+        return EMPTY
+
+    async def SetResolvConfig(
+        self, request: vm_guest_pb2.SetResolvConfigRequest, context: Context
+    ) -> common_pb2.EmptyMessage:
+        config = request.resolv_config
+        await _there(self._resolv).set(config.nameservers, config.search_domains)
+        return EMPTY
+
+    async def SetTime(self, request: vm_guest_pb2.SetTimeRequest, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._clock).set_time(request.time.seconds, request.time.nanos)
+        return EMPTY
+
+    async def SetTimezone(self, request: vm_guest_pb2.SetTimezoneRequest, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._clock).set_zone(request.timezone_name, bind=request.use_bind_mount)
+        return EMPTY
