@@ -1,4 +1,4 @@
-"""The gate: random filesystems, each shrunk once to the size that is promised. `python -m lab.gate` is the same by hand."""
+"""The gate: random filesystems, each shrunk once to the size that is promised. By hand: `python -m lab.gate`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _judged(first: int, count: int, most: int) -> list[Verdict]:
 
 def test_a_few_layouts() -> None:
     verdicts = _judged(FIRST, FEW, GIB)
-    print(summary(verdicts))
+    print(summary(verdicts))  # noqa: T201  # the counts are what one runs it for
     assert not [fault for verdict in verdicts for fault in verdict.faults], summary(verdicts)
 
 
 @pytest.mark.slow
 def test_many_layouts() -> None:
     verdicts = _judged(FIRST, int(os.environ.get("STORAGED_LAYOUTS", MANY)), 8 * GIB)
-    print(summary(verdicts))
+    print(summary(verdicts))  # noqa: T201  # the counts are what one runs it for
     assert not [fault for verdict in verdicts for fault in verdict.faults], summary(verdicts)
     assert statistics.median(v.reached / v.min_dev_size for v in verdicts) <= GOAL, summary(verdicts)
