@@ -13,7 +13,10 @@ from storaged.addresses import parse_address
 from storaged.config import ServeConfig
 from storaged.core.ports import World
 from storaged.errors import ConfigError
+from storaged.guest.processes import Processes, ProcessSettings, Report
+from storaged.guest.reaper import Reaper
 from storaged.rpc.server import Server, Tls
+from storaged.rpc.startup import run_startup
 from storaged.runtime import StorageService
 from storaged.units import GIB, format_size
 
@@ -68,6 +71,29 @@ def sim_world(options: Options) -> World:
     return replace(make_world(disk, clock=SystemClock()), poll_s=0.1)
 
 
+def make_processes(settings: ProcessSettings, *, sim: bool, report: Report | None = None) -> Processes:
+    """What starts programs, here or in memory. Call it from the main thread."""
+    if sim:
+        from storaged.sim.processes import SimSpawner
+
+        return Processes(SimSpawner(), settings, report=report)
+    from storaged.guest.spawn import RealSpawner, hand_down_default_signals
+
+    hand_down_default_signals()
+    return Processes(RealSpawner(settings), settings, report=report)
+
+
+def make_reaper(settings: ProcessSettings) -> Reaper | None:
+    """Reaps orphans where this process is asked to, or is process 1 and nobody else would."""
+    if os.getpid() != 1 and not settings.adopt_orphans:
+        return None
+    from storaged.guest.reaper import become_subreaper
+
+    if os.getpid() != 1:
+        become_subreaper()
+    return Reaper()
+
+
 async def serve(options: Options) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises StoragedError when it cannot start."""
     config = options.config
@@ -78,10 +104,14 @@ async def serve(options: Options) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(storage)
-    exporter = None
+    processes = make_processes(ProcessSettings(), sim=options.sim)
+    server = Server(storage, processes=processes)
+    exporter = reaper = None
     await storage.start()
     try:
+        reaper = None if options.sim else make_reaper(processes.settings)
+        if not options.sim:
+            await run_startup(processes)
         if config.metrics:
             from storaged import metrics  # 5 MB that a daemon without metrics need not carry
 
@@ -101,6 +131,9 @@ async def serve(options: Options) -> None:
     finally:
         if exporter is not None:
             exporter.shutdown()
+        await processes.close()
+        if reaper is not None:
+            reaper.close()
         await storage.stop(release=options.release)
 
 

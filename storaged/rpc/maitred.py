@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from storaged.core.model import Told
-from storaged.errors import InvalidRequest
+from storaged.errors import InvalidRequest, Unsupported
+from storaged.guest.processes import Processes
+from storaged.rpc import decode_processes
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.runtime import StorageService
 
 log = logging.getLogger(__name__)
 Context = Any
+Part = TypeVar("Part")
+
+
+def _there(part: Part | None) -> Part:
+    """The guest module that a call needs. Raises Unsupported when this daemon was made without it."""
+    if part is None:
+        raise Unsupported("this daemon was started without the module for this call")
+    return part
 
 
 class Maitred(vm_guest_pb2_grpc.MaitredServicer):
-    """The storage half of the contract; every other method answers UNIMPLEMENTED."""
+    """The storage half of the contract and the guest modules that are given; every other method is UNIMPLEMENTED."""
 
-    def __init__(self, storage: StorageService) -> None:
+    def __init__(self, storage: StorageService, *, processes: Processes | None = None) -> None:
         self._storage = storage
+        self._processes = processes
 
     async def UpdateStorageBalloon(
         self, request: vm_guest_pb2.UpdateStorageBalloonRequest, context: Context
@@ -65,3 +76,11 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     ) -> vm_guest_pb2.GetKernelVersionResponse:
         kernel = os.uname()
         return vm_guest_pb2.GetKernelVersionResponse(kernel_release=kernel.release, kernel_version=kernel.version)
+
+    # --- processes, mounts, containers and users ---
+
+    async def LaunchProcess(
+        self, request: vm_guest_pb2.LaunchProcessRequest, context: Context
+    ) -> vm_guest_pb2.LaunchProcessResponse:
+        processes = _there(self._processes)
+        return decode_processes.launched(await processes.launch(decode_processes.launch(request)))
