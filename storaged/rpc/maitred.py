@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from storaged.core.model import Told
 from storaged.errors import InvalidRequest, Unsupported
+from storaged.guest.mounts import Mounts
 from storaged.guest.processes import Processes
-from storaged.rpc import decode_processes
+from storaged.rpc import decode_mounts, decode_processes
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.runtime import StorageService
 
@@ -28,9 +29,12 @@ def _there(part: Part | None) -> Part:
 class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     """The storage half of the contract and the guest modules that are given; every other method is UNIMPLEMENTED."""
 
-    def __init__(self, storage: StorageService, *, processes: Processes | None = None) -> None:
+    def __init__(
+        self, storage: StorageService, *, processes: Processes | None = None, mounts: Mounts | None = None
+    ) -> None:
         self._storage = storage
         self._processes = processes
+        self._mounts = mounts
 
     async def UpdateStorageBalloon(
         self, request: vm_guest_pb2.UpdateStorageBalloonRequest, context: Context
@@ -84,3 +88,10 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     ) -> vm_guest_pb2.LaunchProcessResponse:
         processes = _there(self._processes)
         return decode_processes.launched(await processes.launch(decode_processes.launch(request)))
+
+    async def Mount(self, request: vm_guest_pb2.MountRequest, context: Context) -> vm_guest_pb2.MountResponse:
+        return vm_guest_pb2.MountResponse(error=await _there(self._mounts).mount(decode_mounts.mount(request)))
+
+    async def Mount9P(self, request: vm_guest_pb2.Mount9PRequest, context: Context) -> vm_guest_pb2.MountResponse:
+        await _there(self._mounts).mount_9p(decode_mounts.mount_9p(request))
+        return vm_guest_pb2.MountResponse()

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from storaged.addresses import Address, TcpAddress, UnixAddress
 from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.guest.mounts import Mounts
 from storaged.guest.processes import Processes
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
@@ -52,7 +53,9 @@ class Tls:
 class Server:
     """One gRPC server on any number of addresses."""
 
-    def __init__(self, storage: StorageService, *, processes: Processes | None = None) -> None:
+    def __init__(
+        self, storage: StorageService, *, processes: Processes | None = None, mounts: Mounts | None = None
+    ) -> None:
         self._server = grpc.aio.server(
             interceptors=[StatusInterceptor()],
             maximum_concurrent_rpcs=MOST_CALLS,
@@ -62,7 +65,7 @@ class Server:
                 ("grpc.max_concurrent_streams", MOST_CALLS),
             ],
         )
-        maitred = Maitred(storage, processes=processes)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+        maitred = Maitred(storage, processes=processes, mounts=mounts)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
         vm_guest_pb2_grpc.add_MaitredServicer_to_server(maitred, self._server)
         storaged_v1_pb2_grpc.add_StorageServicer_to_server(Storage(storage), self._server)
         self._health = health.aio.HealthServicer()

@@ -122,6 +122,11 @@ def children() -> list[int]:
     return found
 
 
+def there(pid: int) -> bool:
+    """True while there is such a process, dead or alive."""
+    return Path(f"/proc/{pid}").exists()
+
+
 async def test_a_call_whose_deadline_passes_leaves_a_child_that_runs_and_is_reaped(launcher: Guest) -> None:
     request = Launch(argv=["sleep", "1000"], wait_for_exit=True)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -132,7 +137,7 @@ async def test_a_call_whose_deadline_passes_leaves_a_child_that_runs_and_is_reap
     os.kill(pid, signal.SIGKILL)
 
     async def gone() -> bool:
-        return not Path(f"/proc/{pid}").exists() and launcher.processes is not None and not launcher.processes.running
+        return not there(pid) and launcher.processes is not None and not launcher.processes.running
 
     await until(gone)
 
