@@ -18,7 +18,7 @@ def _refuse(number: int, path: str = "") -> OSError:
     return OSError(number, os.strerror(number), path)
 
 
-@dataclass(slots=True)
+@dataclass
 class SimMounts:
     """Nothing on this machine is mounted, made or formatted."""
 
