@@ -13,8 +13,12 @@ from storaged.addresses import parse_address
 from storaged.config import ServeConfig
 from storaged.core.ports import World
 from storaged.errors import ConfigError
+from storaged.guest.containers import Containers, ContainerSettings
+from storaged.guest.mounts import Mounts
 from storaged.guest.processes import Processes, ProcessSettings, Report
 from storaged.guest.reaper import Reaper
+from storaged.guest.termina import Termina
+from storaged.guest.users import Users
 from storaged.rpc.server import Server, Tls
 from storaged.rpc.startup import run_startup
 from storaged.runtime import StorageService
@@ -71,16 +75,51 @@ def sim_world(options: Options) -> World:
     return replace(make_world(disk, clock=SystemClock()), poll_s=0.1)
 
 
-def make_processes(settings: ProcessSettings, *, sim: bool, report: Report | None = None) -> Processes:
-    """What starts programs, here or in memory. Call it from the main thread."""
-    if sim:
-        from storaged.sim.processes import SimSpawner
+@dataclass(frozen=True, slots=True)
+class GuestModules:
+    """What starts programs, mounts, and sets containers and users up, here or in memory."""
 
-        return Processes(SimSpawner(), settings, report=report)
+    processes: Processes
+    mounts: Mounts
+    termina: Termina
+    containers: Containers
+    users: Users
+
+    async def close(self) -> None:
+        """Begin nothing more; what runs keeps running."""
+        await self.processes.close()
+        for part in (self.mounts, self.containers, self.users):
+            part.close()
+
+
+def real_guest(settings: ProcessSettings, report: Report | None = None) -> GuestModules:
+    """The modules of this machine. Call it from the main thread."""
+    from storaged.guest.containers import TokenFile
+    from storaged.guest.kernel_mounts import KernelMounts
+    from storaged.guest.local_users import LocalUsers
     from storaged.guest.spawn import RealSpawner, hand_down_default_signals
 
     hand_down_default_signals()
-    return Processes(RealSpawner(settings), settings, report=report)
+    processes = Processes(RealSpawner(settings), settings, report=report)
+    mounts = Mounts(KernelMounts())
+    return GuestModules(
+        processes,
+        mounts,
+        Termina(mounts, processes),
+        Containers(TokenFile(ContainerSettings())),
+        Users(LocalUsers()),
+    )
+
+
+def sim_guest(settings: ProcessSettings) -> GuestModules:
+    """The same in memory: this machine is not touched."""
+    from storaged.sim.mounts import SimMounts
+    from storaged.sim.processes import SimSpawner
+    from storaged.sim.users import SimToken, SimUsers
+
+    processes = Processes(SimSpawner(), settings)
+    mounts = Mounts(SimMounts())
+    return GuestModules(processes, mounts, Termina(mounts, processes), Containers(SimToken()), Users(SimUsers()))
 
 
 def make_reaper(settings: ProcessSettings) -> Reaper | None:
@@ -104,14 +143,21 @@ async def serve(options: Options) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    processes = make_processes(ProcessSettings(), sim=options.sim)
-    server = Server(storage, processes=processes)
+    guest = sim_guest(ProcessSettings()) if options.sim else real_guest(ProcessSettings())
+    server = Server(
+        storage,
+        processes=guest.processes,
+        mounts=guest.mounts,
+        termina=guest.termina,
+        containers=guest.containers,
+        users=guest.users,
+    )
     exporter = reaper = None
     await storage.start()
     try:
-        reaper = None if options.sim else make_reaper(processes.settings)
+        reaper = None if options.sim else make_reaper(guest.processes.settings)
         if not options.sim:
-            await run_startup(processes)
+            await run_startup(guest.processes)
         if config.metrics:
             from storaged import metrics  # 5 MB that a daemon without metrics need not carry
 
@@ -131,7 +177,7 @@ async def serve(options: Options) -> None:
     finally:
         if exporter is not None:
             exporter.shutdown()
-        await processes.close()
+        await guest.close()
         if reaper is not None:
             reaper.close()
         await storage.stop(release=options.release)

@@ -89,13 +89,8 @@ class KernelMounts:
         return ""
 
     def make_btrfs(self, device: str) -> None:
-        try:
-            # Without -f: mkfs looks for itself once more, and refuses.
-            done = subprocess.run(["mkfs.btrfs", "-q", device], capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise StoragedError(f"mkfs.btrfs: {error.strerror}") from error
-        if done.returncode:
-            raise StoragedError(f"mkfs.btrfs: {done.stderr.strip() or done.returncode}")
+        # Without -f: mkfs looks for itself once more, and refuses.
+        _run("mkfs.btrfs", "-q", device)
 
     def mounted(self, target: str) -> str:
         found = ""
@@ -105,6 +100,20 @@ class KernelMounts:
                 if _unescaped(before.split()[4]) == target:
                     found = _unescaped(after.split()[1])
         return found
+
+    def grow(self, mountpoint: str) -> None:
+        _run("btrfs", "filesystem", "resize", "max", mountpoint)
+
+    def free(self, mountpoint: str) -> int:
+        found = os.statvfs(mountpoint)
+        return found.f_bavail * found.f_frsize
+
+    def same_device(self, one: str, other: str) -> bool:
+        try:
+            found = [os.stat(path) for path in (one, other)]
+        except OSError:
+            return False
+        return all(stat.S_ISBLK(it.st_mode) for it in found) and found[0].st_rdev == found[1].st_rdev
 
     def connect_host(self, port: int, within_s: float) -> int:
         host = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
@@ -118,6 +127,15 @@ class KernelMounts:
 
     def close(self, fd: int) -> None:
         os.close(fd)
+
+
+def _run(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise StoragedError(f"{command[0]}: {error.strerror}") from error
+    if done.returncode:
+        raise StoragedError(f"{command[0]}: {done.stderr.strip() or f'exit status {done.returncode}'}")
 
 
 def _unescaped(text: str) -> str:

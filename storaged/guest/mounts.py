@@ -142,6 +142,18 @@ class MountSystem(Protocol):
         """The source of the topmost mount at `target`; empty when it is no mountpoint."""
         ...
 
+    def grow(self, mountpoint: str) -> None:
+        """Make the btrfs there as large as its device. StoragedError when the tool does not."""
+        ...
+
+    def free(self, mountpoint: str) -> int:
+        """Bytes that unprivileged programs can still write there."""
+        ...
+
+    def same_device(self, one: str, other: str) -> bool:
+        """True when both paths lead to one device."""
+        ...
+
     def connect_host(self, port: int, within_s: float) -> int:
         """A connected descriptor to the host's vsock port; the caller closes it."""
         ...

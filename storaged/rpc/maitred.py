@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 
 from storaged.core.model import Told
 from storaged.errors import InvalidRequest, Unsupported
+from storaged.guest.containers import Containers
 from storaged.guest.mounts import Mounts
 from storaged.guest.processes import Processes
-from storaged.rpc import decode_mounts, decode_processes
+from storaged.guest.termina import Termina
+from storaged.guest.users import Users
+from storaged.rpc import decode_containers, decode_mounts, decode_processes
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.runtime import StorageService
 
@@ -30,11 +33,21 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     """The storage half of the contract and the guest modules that are given; every other method is UNIMPLEMENTED."""
 
     def __init__(
-        self, storage: StorageService, *, processes: Processes | None = None, mounts: Mounts | None = None
+        self,
+        storage: StorageService,
+        *,
+        processes: Processes | None = None,
+        mounts: Mounts | None = None,
+        termina: Termina | None = None,
+        containers: Containers | None = None,
+        users: Users | None = None,
     ) -> None:
         self._storage = storage
         self._processes = processes
         self._mounts = mounts
+        self._termina = termina
+        self._containers = containers
+        self._users = users
 
     async def UpdateStorageBalloon(
         self, request: vm_guest_pb2.UpdateStorageBalloonRequest, context: Context
@@ -95,3 +108,21 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     async def Mount9P(self, request: vm_guest_pb2.Mount9PRequest, context: Context) -> vm_guest_pb2.MountResponse:
         await _there(self._mounts).mount_9p(decode_mounts.mount_9p(request))
         return vm_guest_pb2.MountResponse()
+
+    async def StartTermina(
+        self, request: vm_guest_pb2.StartTerminaRequest, context: Context
+    ) -> vm_guest_pb2.StartTerminaResponse:
+        termina = _there(self._termina)
+        return decode_containers.started(await termina.start(decode_containers.termina(request)))
+
+    async def ConfigureContainerGuest(
+        self, request: vm_guest_pb2.ConfigureContainerGuestRequest, context: Context
+    ) -> common_pb2.EmptyMessage:
+        await _there(self._containers).configure(request.container_token, request.vm_username)
+        return common_pb2.EmptyMessage()
+
+    async def SetUpUser(
+        self, request: vm_guest_pb2.SetUpUserRequest, context: Context
+    ) -> vm_guest_pb2.SetUpUserResponse:
+        reason = await _there(self._users).set_up(decode_containers.user(request))
+        return decode_containers.user_set_up(request.username, reason)

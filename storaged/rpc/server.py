@@ -16,8 +16,11 @@ from grpc_reflection.v1alpha import reflection
 
 from storaged.addresses import Address, TcpAddress, UnixAddress
 from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.guest.containers import Containers
 from storaged.guest.mounts import Mounts
 from storaged.guest.processes import Processes
+from storaged.guest.termina import Termina
+from storaged.guest.users import Users
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.maitred import Maitred
@@ -54,7 +57,14 @@ class Server:
     """One gRPC server on any number of addresses."""
 
     def __init__(
-        self, storage: StorageService, *, processes: Processes | None = None, mounts: Mounts | None = None
+        self,
+        storage: StorageService,
+        *,
+        processes: Processes | None = None,
+        mounts: Mounts | None = None,
+        termina: Termina | None = None,
+        containers: Containers | None = None,
+        users: Users | None = None,
     ) -> None:
         self._server = grpc.aio.server(
             interceptors=[StatusInterceptor()],
@@ -65,7 +75,9 @@ class Server:
                 ("grpc.max_concurrent_streams", MOST_CALLS),
             ],
         )
-        maitred = Maitred(storage, processes=processes, mounts=mounts)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+        maitred = Maitred(  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+            storage, processes=processes, mounts=mounts, termina=termina, containers=containers, users=users
+        )
         vm_guest_pb2_grpc.add_MaitredServicer_to_server(maitred, self._server)
         storaged_v1_pb2_grpc.add_StorageServicer_to_server(Storage(storage), self._server)
         self._health = health.aio.HealthServicer()

@@ -33,7 +33,8 @@ class SimMounts:
     open_fds: set[int] = field(default_factory=set)
     read_only: bool = False
     """When true, mkdir and chmod are refused."""
-    max_resized: list[str] = field(default_factory=list)
+    grown: list[str] = field(default_factory=list)
+    """Mountpoints that were grown, once for each time."""
 
     def mount(self, source: str, target: str, fstype: str, flags: int, options: str) -> None:
         if target not in self.directories:
@@ -96,6 +97,15 @@ class SimMounts:
 
     def mounted(self, target: str) -> str:
         return next((row[0] for row in reversed(self.table) if row[1] == target), "")
+
+    def grow(self, mountpoint: str) -> None:
+        self.grown.append(mountpoint)
+
+    def free(self, mountpoint: str) -> int:  # noqa: ARG002  # all of them are alike
+        return 8 << 30
+
+    def same_device(self, one: str, other: str) -> bool:
+        return one == other and one in self.devices
 
     def connect_host(self, port: int, within_s: float) -> int:  # noqa: ARG002  # nothing takes time here
         if port not in self.ports:

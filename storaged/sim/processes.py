@@ -1,4 +1,4 @@
-"""Programs that exist in memory alone: `true`, `false` and `sleep`, which a test can end by signals."""
+"""Programs that exist in memory alone: `true`, `false`, `sleep` and a container guest's services."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import os
 import signal
 
 from storaged.guest.processes import Child, Launch, Outcome, Status
+
+SERVICES = {"lxcfs", "tremplin", "ndproxyd", "mcastd"}
+"""What a container guest runs, for ever."""
 
 
 class SimSpawner:
@@ -27,7 +30,8 @@ class SimSpawner:
         self.started.append(launch)
         self._children[child.pid] = child
         code = 1 if launch.name == "false" else 0
-        asyncio.get_running_loop().call_later(lasts, self._end, child.pid, Outcome(Status.EXITED, code))
+        timer = asyncio.get_running_loop().call_later(lasts, self._end, child.pid, Outcome(Status.EXITED, code))
+        child.ended.add_done_callback(lambda _: timer.cancel())
         return child
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
@@ -51,5 +55,7 @@ class SimSpawner:
                 return 0.0
             case "sleep", (seconds,):
                 return float(seconds)
+            case _ if launch.name in SERVICES:
+                return 1e9
             case _:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), launch.name)
