@@ -35,7 +35,8 @@ class ProcessSettings:
     report_within_s: float = field(
         default=1.0, metadata={"help": "Seconds that a start waits for the host to take a failure report."}
     )
-    most_running: int = field(default=512, metadata={"help": "Programs running at once; one more is refused."})
+    # Fewer than the calls that the server takes at once: waits alone can never use all of them up.
+    most_running: int = field(default=384, metadata={"help": "Programs running at once; one more is refused."})
     startup: str = field(
         default="/etc/maitred", metadata={"help": "Folder of the requests that are carried out before serving."}
     )
@@ -189,6 +190,7 @@ class Processes:
             raise StoragedError(
                 f"{self._running} programs run already, processes.most_running allows no more", Kind.BUSY
             )
+        self._running += 1
         child = await self._whole(self._begin(launch))
         if child is None:
             return Outcome(Status.FAILED)
@@ -201,6 +203,7 @@ class Processes:
         task = self._supervised.get(name)
         if task is not None and not task.done():
             return Outcome(Status.LAUNCHED)
+        self._running += 1
         child = await self._whole(self._begin(launch, name))
         return Outcome(Status.FAILED if child is None else Status.LAUNCHED)
 
@@ -221,7 +224,6 @@ class Processes:
         return await asyncio.shield(task)
 
     async def _begin(self, launch: Launch, name: str | None = None) -> Child | None:
-        self._running += 1
         child = await self._start(launch)
         if child is None:
             self._running -= 1

@@ -158,13 +158,15 @@ async def test_a_named_service_is_started_once_while_it_is_looked_after() -> Non
 async def test_more_than_may_run_is_refused_until_one_ends() -> None:
     world = Respawned(ProcessSettings(most_running=2))
     sleep = parse_launch(["sleep", "1000"])
-    for _ in range(2):
-        await world.processes.launch(sleep)
-    with pytest.raises(StoragedError, match="most_running") as caught:
-        await world.processes.launch(sleep)
-    assert caught.value.kind is Kind.BUSY
+    answers = await asyncio.gather(*(world.processes.launch(sleep) for _ in range(5)), return_exceptions=True)
+    refusals = [answer for answer in answers if isinstance(answer, StoragedError)]
+    assert len(refusals) == 3
+    assert all(refusal.kind is Kind.BUSY and "most_running" in refusal.message for refusal in refusals)
     await world.end()
     assert (await world.processes.launch(sleep)).status is Status.LAUNCHED
+    await world.end()
+    assert (await world.processes.launch(parse_launch(["no-such-program"]))).status is Status.FAILED
+    assert world.processes.running == 1, "what did not start does not count"
     await world.processes.close()
 
 

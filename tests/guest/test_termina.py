@@ -240,10 +240,12 @@ def lose_newest_root(device: str, *, all_of_them: bool = False) -> None:
     roots = {newest}
     if all_of_them:
         roots |= {int(number) for number in re.findall(r"backup_tree_root:\s+(\d+)", text)}
-    map_root = ("btrfs-map-logical", "-b", "16384", device, "-l")  # while the tool can still open the filesystem
-    places = [where for root in roots for where in re.findall(r"physical (\d+)", run(*map_root, str(root)))]
-    for where in places:
-        spoil(device, int(where), b"\xde" * 16384)
+    mapped = run("btrfs-map-logical", "-l", str(newest), "-b", "16384", device)
+    copies = [int(where) for where in re.findall(r"physical (\d+)", mapped)]
+    assert len(copies) == 2
+    for root in roots:  # all of them lie in one chunk; the tool does not map what is no longer in use
+        for where in copies:
+            spoil(device, where + root - newest, b"\xde" * 16384)
 
 
 def used_btrfs(place: RealPlace) -> str:
