@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -49,7 +48,7 @@ class TokenFile:
         self._mode = settings.token_mode
 
     def put(self, token: bytes) -> None:
-        temporary = f"{self._path}.{secrets.token_hex(8)}"
+        temporary = f"{self._path}.{os.urandom(8).hex()}"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb") as file:

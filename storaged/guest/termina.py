@@ -7,7 +7,6 @@ import enum
 import errno
 import ipaddress
 import logging
-import shlex
 from dataclasses import dataclass, field
 
 from storaged.errors import ConfigError, InvalidRequest, Kind, StoragedError
@@ -96,6 +95,8 @@ def parse_termina(address: ipaddress.IPv4Address, subnet: str, device: str) -> T
 
 def service_launches(settings: TerminaSettings, request: TerminaRequest) -> dict[str, Launch]:
     """What to keep running, by name. Raises ConfigError."""
+    import shlex  # most guests start no containers
+
     environment: dict[str, str] = {}
     for pair in settings.environment:
         name, equals, value = pair.partition("=")
