@@ -267,7 +267,7 @@ class Processes:
             if not may_start(starts, now, self.settings):
                 log.error("%s stays down: %d starts in %g s", launch.name, len(starts), self.settings.respawn_window_s)
                 return
-            starts = [*starts[1 - self.settings.respawn_starts :], now]
+            starts = [*starts, now][-self.settings.respawn_starts :]
             # Not to be cancelled half way: a program that nobody knows would never be reaped.
             child = await self._whole(self._start(launch))
 

@@ -183,6 +183,10 @@ async def test_a_caller_that_gives_up_stops_nothing_half_way(world: World) -> No
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
+    async with asyncio.timeout(20):
+        while world.services() != ALL:  # noqa: ASYNC110  # nobody is told any more
+            await asyncio.sleep(0.02)
+    assert await world.place.source(world.mountpoint) == device
     await world.termina.start(world.request(device))
     assert world.services() == ALL
     await world.processes.close()
