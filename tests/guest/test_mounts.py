@@ -35,7 +35,7 @@ from storaged.guest.mounts import (
     options_9p,
 )
 from storaged.sim.mounts import MS_BIND, SimMounts
-from tests.guest.mountns import private_thread, why_not
+from tests.guest.private_mounts import private_thread, why_not
 
 Answer = TypeVar("Answer")
 MIB = 1 << 20
