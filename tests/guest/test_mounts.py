@@ -6,9 +6,7 @@ import asyncio
 import errno
 import os
 import posixpath
-import shutil
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -479,28 +477,6 @@ async def test_a_kernel_without_9p_says_so_and_the_connection_is_closed(kernel: 
     assert host.server.recv(1) == b"", "our end is closed"
     host.server.close()
     assert await kernel.mode(f"{kernel.base}/shared") is None
-
-
-@REAL
-@pytest.mark.skipif(not has_9p() or shutil.which("diod") is None, reason="9p: needs a kernel with it, and diod")
-async def test_a_directory_that_a_real_server_serves(kernel: RealPlace, tmp_path: Path) -> None:
-    (tmp_path / "hello").write_text("world")
-    host = Host()
-    ours, theirs = socket.socketpair()
-    host.connect_host = lambda port, within_s: ours.detach()  # type: ignore[method-assign]
-    number = str(theirs.fileno())
-    server = subprocess.Popen(  # noqa: ASYNC220  # ended below
-        ["diod", "-f", "-n", "-e", str(tmp_path), "-S", "-U", "root", "-r", number, "-w", number],
-        pass_fds=[theirs.fileno()],
-    )
-    theirs.close()
-    try:
-        await Mounts(host, threads=kernel.threads).mount_9p(Mount9P(9999, f"{kernel.base}/shared"))
-        assert await kernel.on(lambda: Path(f"{kernel.base}/shared/hello").read_text()) == "world"
-        await kernel.on(lambda: host.unmount(f"{kernel.base}/shared"))
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @REAL
