@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from storaged import __version__
 from storaged.addresses import parse_address
@@ -14,10 +14,10 @@ from storaged.config import ServeConfig
 from storaged.core.ports import World
 from storaged.errors import ConfigError
 from storaged.guest.containers import Containers, ContainerSettings
-from storaged.guest.mounts import Mounts
+from storaged.guest.mounts import Mounts, MountSettings
 from storaged.guest.processes import Processes, ProcessSettings, Report
 from storaged.guest.reaper import Reaper
-from storaged.guest.termina import Termina
+from storaged.guest.termina import Termina, TerminaSettings
 from storaged.guest.users import Users
 from storaged.rpc.server import Server, Tls
 from storaged.rpc.startup import run_startup
@@ -92,7 +92,17 @@ class GuestModules:
             part.close()
 
 
-def real_guest(settings: ProcessSettings, report: Report | None = None) -> GuestModules:
+@dataclass(frozen=True, slots=True)
+class GuestSettings:
+    """What these modules may be told."""
+
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
+    mounts: MountSettings = field(default_factory=MountSettings)
+    termina: TerminaSettings = field(default_factory=TerminaSettings)
+    containers: ContainerSettings = field(default_factory=ContainerSettings)
+
+
+def real_guest(settings: GuestSettings, report: Report | None = None) -> GuestModules:
     """The modules of this machine. Call it from the main thread."""
     from storaged.guest.containers import TokenFile
     from storaged.guest.kernel_mounts import KernelMounts
@@ -100,26 +110,27 @@ def real_guest(settings: ProcessSettings, report: Report | None = None) -> Guest
     from storaged.guest.spawn import RealSpawner, hand_down_default_signals
 
     hand_down_default_signals()
-    processes = Processes(RealSpawner(settings), settings, report=report)
-    mounts = Mounts(KernelMounts())
+    processes = Processes(RealSpawner(settings.processes), settings.processes, report=report)
+    mounts = Mounts(KernelMounts(), settings.mounts)
     return GuestModules(
         processes,
         mounts,
-        Termina(mounts, processes),
-        Containers(TokenFile(ContainerSettings())),
+        Termina(mounts, processes, settings.termina),
+        Containers(TokenFile(settings.containers)),
         Users(LocalUsers()),
     )
 
 
-def sim_guest(settings: ProcessSettings) -> GuestModules:
+def sim_guest(settings: GuestSettings) -> GuestModules:
     """The same in memory: this machine is not touched."""
     from storaged.sim.mounts import SimMounts
     from storaged.sim.processes import SimSpawner
     from storaged.sim.users import SimToken, SimUsers
 
-    processes = Processes(SimSpawner(), settings)
-    mounts = Mounts(SimMounts())
-    return GuestModules(processes, mounts, Termina(mounts, processes), Containers(SimToken()), Users(SimUsers()))
+    processes = Processes(SimSpawner(), settings.processes)
+    mounts = Mounts(SimMounts(), settings.mounts)
+    termina = Termina(mounts, processes, settings.termina)
+    return GuestModules(processes, mounts, termina, Containers(SimToken()), Users(SimUsers()))
 
 
 def make_reaper(settings: ProcessSettings) -> Reaper | None:
@@ -143,7 +154,7 @@ async def serve(options: Options) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    guest = sim_guest(ProcessSettings()) if options.sim else real_guest(ProcessSettings())
+    guest = sim_guest(GuestSettings()) if options.sim else real_guest(GuestSettings())
     server = Server(
         storage,
         processes=guest.processes,

@@ -84,12 +84,17 @@ class RealSpawner:
             raise
 
     def _stream(self, *, console: bool) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC
         if console:
             try:
-                return os.open(self._console, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+                # A serial line without a carrier would keep an open that may block waiting for ever.
+                stream = os.open(self._console, flags | os.O_NOCTTY | os.O_NONBLOCK)
             except OSError as error:
                 log.warning("console %s: %s; /dev/null takes its place", self._console, error.strerror)
-        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            else:
+                os.set_blocking(stream, True)
+                return stream
+        return os.open(os.devnull, flags)
 
     def _reap(self, pidfd: int, child: Child) -> None:
         program = self._watched[pidfd]
