@@ -26,7 +26,7 @@ from storaged.guest.termina import (
 )
 from storaged.sim.mounts import SimMounts
 from storaged.sim.processes import SimSpawner
-from tests.guest.test_mounts import REAL, Place, RealPlace, SimPlace, spoil
+from tests.guest.places import REAL, Place, RealPlace, SimPlace, spoil
 
 HOST = IPv4Address("100.115.92.1")
 SUBNET = "100.115.92.192/28"
