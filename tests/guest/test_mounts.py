@@ -6,7 +6,6 @@ import errno
 import os
 import posixpath
 from collections.abc import AsyncIterator
-from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -26,10 +25,6 @@ from storaged.guest.mounts import (
 )
 from storaged.sim.mounts import MS_BIND
 from tests.guest.places import REAL, Place, RealPlace, SimPlace
-
-Answer = TypeVar("Answer")
-MIB = 1 << 20
-
 
 # --- pure ---------------------------------------------------------------------------------------------------------
 

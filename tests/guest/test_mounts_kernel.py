@@ -9,7 +9,6 @@ import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -25,7 +24,6 @@ from storaged.guest.mounts import (
 from storaged.sim.mounts import SimMounts
 from tests.guest.places import REAL, RealPlace, SimPlace, spoil
 
-Answer = TypeVar("Answer")
 MIB = 1 << 20
 
 
