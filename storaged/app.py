@@ -6,17 +6,24 @@ import asyncio
 import logging
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from storaged import __version__
 from storaged.addresses import parse_address
 from storaged.config import ServeConfig
 from storaged.core.ports import World
 from storaged.errors import ConfigError
-from storaged.guest.clock import Clock, KernelClock
-from storaged.guest.network import Network
-from storaged.guest.resolv import Resolv, ResolvFile
+from storaged.guest.clock import Clock, ClockSettings, KernelClock
+from storaged.guest.containers import Containers, ContainerSettings
+from storaged.guest.mounts import Mounts, MountSettings
+from storaged.guest.network import Network, NetworkSettings
+from storaged.guest.processes import Processes, ProcessSettings, Report
+from storaged.guest.reaper import Reaper
+from storaged.guest.resolv import Resolv, ResolvFile, ResolvSettings
+from storaged.guest.termina import Termina, TerminaSettings
+from storaged.guest.users import Users
 from storaged.rpc.server import Server, Tls
+from storaged.rpc.startup import run_startup
 from storaged.runtime import StorageService
 from storaged.units import GIB, format_size
 
@@ -71,20 +78,95 @@ def sim_world(options: Options) -> World:
     return replace(make_world(disk, clock=SystemClock()), poll_s=0.1)
 
 
-def real_guest() -> tuple[Network, Resolv, Clock]:
-    """The guest modules of this machine."""
+@dataclass(frozen=True, slots=True)
+class GuestModules:
+    """All that is not storage, on this machine or in memory."""
+
+    network: Network
+    resolv: Resolv
+    clock: Clock
+    processes: Processes
+    mounts: Mounts
+    termina: Termina
+    containers: Containers
+    users: Users
+
+    async def close(self) -> None:
+        """Begin nothing more; what runs keeps running."""
+        await self.processes.close()
+        for part in (self.mounts, self.containers, self.users):
+            part.close()
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSettings:
+    """What these modules may be told."""
+
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    resolv: ResolvSettings = field(default_factory=ResolvSettings)
+    clock: ClockSettings = field(default_factory=ClockSettings)
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
+    mounts: MountSettings = field(default_factory=MountSettings)
+    termina: TerminaSettings = field(default_factory=TerminaSettings)
+    containers: ContainerSettings = field(default_factory=ContainerSettings)
+
+
+def real_guest(settings: GuestSettings, report: Report | None = None) -> GuestModules:
+    """The modules of this machine. Call it from the main thread."""
+    from storaged.guest.containers import TokenFile
+    from storaged.guest.kernel_mounts import KernelMounts
     from storaged.guest.kernel_network import KernelNetwork
+    from storaged.guest.local_users import LocalUsers
+    from storaged.guest.spawn import RealSpawner, hand_down_default_signals
     from storaged.guest.zones import ZoneFiles
 
-    return Network(KernelNetwork()), Resolv(ResolvFile()), Clock(KernelClock(), ZoneFiles())
+    hand_down_default_signals()
+    processes = Processes(RealSpawner(settings.processes), settings.processes, report=report)
+    mounts = Mounts(KernelMounts(), settings.mounts)
+    return GuestModules(
+        Network(KernelNetwork(timeout_s=settings.network.timeout_s), settings.network),
+        Resolv(ResolvFile(settings.resolv.path), settings.resolv),
+        Clock(KernelClock(), ZoneFiles(settings.clock)),
+        processes,
+        mounts,
+        Termina(mounts, processes, settings.termina),
+        Containers(TokenFile(settings.containers)),
+        Users(LocalUsers()),
+    )
 
 
-def sim_guest() -> tuple[Network, Resolv, Clock]:
+def sim_guest(settings: GuestSettings) -> GuestModules:
     """The same in memory: this machine is not touched."""
     from storaged.sim.clock import SimWallClock, SimZones
+    from storaged.sim.mounts import SimMounts
     from storaged.sim.network import SimNetwork, SimResolv
+    from storaged.sim.processes import SimSpawner
+    from storaged.sim.users import SimToken, SimUsers
 
-    return Network(SimNetwork()), Resolv(SimResolv()), Clock(SimWallClock(), SimZones())
+    processes = Processes(SimSpawner(), settings.processes)
+    mounts = Mounts(SimMounts(), settings.mounts)
+    termina = Termina(mounts, processes, settings.termina)
+    return GuestModules(
+        Network(SimNetwork()),
+        Resolv(SimResolv()),
+        Clock(SimWallClock(), SimZones()),
+        processes,
+        mounts,
+        termina,
+        Containers(SimToken()),
+        Users(SimUsers()),
+    )
+
+
+def make_reaper(settings: ProcessSettings) -> Reaper | None:
+    """Reaps orphans where this process is asked to, or is process 1 and nobody else would."""
+    if os.getpid() != 1 and not settings.adopt_orphans:
+        return None
+    from storaged.guest.reaper import become_subreaper
+
+    if os.getpid() != 1:
+        become_subreaper()
+    return Reaper()
 
 
 async def serve(options: Options) -> None:
@@ -97,11 +179,24 @@ async def serve(options: Options) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    network, resolv, clock = sim_guest() if options.sim else real_guest()
-    server = Server(storage, network=network, resolv=resolv, clock=clock)
-    exporter = None
+    guest = sim_guest(GuestSettings()) if options.sim else real_guest(GuestSettings())
+    server = Server(
+        storage,
+        network=guest.network,
+        resolv=guest.resolv,
+        clock=guest.clock,
+        processes=guest.processes,
+        mounts=guest.mounts,
+        termina=guest.termina,
+        containers=guest.containers,
+        users=guest.users,
+    )
+    exporter = reaper = None
     await storage.start()
     try:
+        reaper = None if options.sim else make_reaper(guest.processes.settings)
+        if not options.sim:
+            await run_startup(guest.processes)
         if config.metrics:
             from storaged import metrics  # 5 MB that a daemon without metrics need not carry
 
@@ -121,6 +216,9 @@ async def serve(options: Options) -> None:
     finally:
         if exporter is not None:
             exporter.shutdown()
+        await guest.close()
+        if reaper is not None:
+            reaper.close()
         await storage.stop(release=options.release)
 
 

@@ -17,8 +17,13 @@ from grpc_reflection.v1alpha import reflection
 from storaged.addresses import Address, TcpAddress, UnixAddress
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.guest.clock import Clock
+from storaged.guest.containers import Containers
+from storaged.guest.mounts import Mounts
 from storaged.guest.network import Network
+from storaged.guest.processes import Processes
 from storaged.guest.resolv import Resolv
+from storaged.guest.termina import Termina
+from storaged.guest.users import Users
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.maitred import Maitred
@@ -61,6 +66,11 @@ class Server:
         network: Network | None = None,
         resolv: Resolv | None = None,
         clock: Clock | None = None,
+        processes: Processes | None = None,
+        mounts: Mounts | None = None,
+        termina: Termina | None = None,
+        containers: Containers | None = None,
+        users: Users | None = None,
     ) -> None:
         self._server = grpc.aio.server(
             interceptors=[StatusInterceptor()],
@@ -71,8 +81,17 @@ class Server:
                 ("grpc.max_concurrent_streams", MOST_CALLS),
             ],
         )
-        # What is not there answers UNIMPLEMENTED.
-        maitred = Maitred(storage, network=network, resolv=resolv, clock=clock)  # type: ignore[abstract]
+        maitred = Maitred(  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+            storage,
+            network=network,
+            resolv=resolv,
+            clock=clock,
+            processes=processes,
+            mounts=mounts,
+            termina=termina,
+            containers=containers,
+            users=users,
+        )
         vm_guest_pb2_grpc.add_MaitredServicer_to_server(maitred, self._server)
         storaged_v1_pb2_grpc.add_StorageServicer_to_server(Storage(storage), self._server)
         self._health = health.aio.HealthServicer()
