@@ -9,7 +9,7 @@ RUFF  := $(PY) -m ruff
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint docs format bench proto proto-check lock clean
+.PHONY: help setup demo test test-long fuzz lint docs format bench proto proto-check lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ docs: setup ## Write the pages that are made from the code
 format: setup ## Format the code, and fix what can be fixed by itself
 	@$(RUFF) check --quiet --fix-only --exit-zero $(PATHS)
 	@$(RUFF) format --quiet $(PATHS)
+
+fuzz: setup ## Fuzz everything that reads what others wrote (ARGS='--runs 100000 LaunchProcess')
+	@$(PY) -m lab.fuzz $(ARGS)
 
 bench: setup ## Measure against real peers
 	@$(PY) benchmarks/run.py $(ARGS)

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import itertools
 import os
+import re
 import signal
 
 from storaged.guest.processes import Child, Launch, Outcome, Status
@@ -29,8 +30,8 @@ class SimSpawner:
         child = Child(next(self._pids), asyncio.get_running_loop().create_future())
         self.started.append(launch)
         self._children[child.pid] = child
-        code = 1 if launch.name == "false" else 0
-        timer = asyncio.get_running_loop().call_later(lasts, self._end, child.pid, Outcome(Status.EXITED, code))
+        code = 1 if launch.name == "false" or lasts is None else 0
+        timer = asyncio.get_running_loop().call_later(lasts or 0.0, self._end, child.pid, Outcome(Status.EXITED, code))
         child.ended.add_done_callback(lambda _: timer.cancel())
         return child
 
@@ -49,12 +50,13 @@ class SimSpawner:
             child.ended.set_result(outcome)
 
     @staticmethod
-    def _seconds(launch: Launch) -> float:
+    def _seconds(launch: Launch) -> float | None:
+        """How long it lasts; None when it does not understand its arguments."""
         match launch.name, launch.argv[1:]:
             case (("true" | "false"), _):
                 return 0.0
             case "sleep", (seconds,):
-                return float(seconds)
+                return float(seconds) if re.fullmatch(rb"[0-9]{1,9}(\.[0-9]{1,9})?", seconds) else None
             case _ if launch.name in SERVICES:
                 return 1e9
             case _:
