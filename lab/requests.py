@@ -44,10 +44,9 @@ SEEDS: tuple[Message, ...] = (
 async def servicer() -> Maitred:
     """Maitred as `storaged serve --sim` has it."""
     from storaged.app import GuestSettings, sim_guest
+    from storaged.btrfs.system import SystemClock
     from storaged.runtime import StorageService
     from storaged.sim import SimDisk, make_world
-
-    from storaged.btrfs.system import SystemClock
 
     storage = StorageService(make_world(SimDisk(8 * GIB), clock=SystemClock()))
     await storage.start()
