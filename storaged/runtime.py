@@ -225,6 +225,16 @@ class StorageService:
         await self._ask(ev.SuspendRequested(self._world.clock.monotonic()))
         await self._settle_tasks()
 
+    async def alive(self) -> None:
+        """Returns once the writer has handled all that came before: it does not when the writer hangs."""
+        clock = self._world.clock
+        await self._ask(ev.Tick(clock.monotonic(), clock.wall()))
+
+    def reconfigure(self, config: Config) -> None:
+        """Decide by `config` from the next event on. Between two steps: the writer never yields within one."""
+        self._state = replace(self._state, config=config)
+        self._publish()
+
     def capacity_changed(self) -> None:
         """The device may have another size now."""
         clock = self._world.clock

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 from storaged.core.model import Told
-from storaged.errors import InvalidRequest
+from storaged.errors import InvalidRequest, StoragedError, Unsupported
+from storaged.guest.power import Power
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.runtime import StorageService
 
@@ -16,10 +19,20 @@ Context = Any
 
 
 class Maitred(vm_guest_pb2_grpc.MaitredServicer):
-    """The storage half of the contract; every other method answers UNIMPLEMENTED."""
+    """The storage half of the contract, and power; every other method answers UNIMPLEMENTED."""
 
-    def __init__(self, storage: StorageService) -> None:
+    def __init__(
+        self,
+        storage: StorageService,
+        *,
+        power: Power | None = None,
+        refuse: Callable[[str], None] = lambda _: None,
+        power_wanted: asyncio.Event | None = None,
+    ) -> None:
         self._storage = storage
+        self._power = power
+        self._refuse = refuse
+        self._power_wanted = power_wanted or asyncio.Event()
 
     async def UpdateStorageBalloon(
         self, request: vm_guest_pb2.UpdateStorageBalloonRequest, context: Context
@@ -65,3 +78,26 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     ) -> vm_guest_pb2.GetKernelVersionResponse:
         kernel = os.uname()
         return vm_guest_pb2.GetKernelVersionResponse(kernel_release=kernel.release, kernel_version=kernel.version)
+
+    async def Shutdown(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
+        if self._power is None:
+            raise Unsupported("this daemon was given no power to turn off")
+        await asyncio.to_thread(self._power.check)  # first: a refusal must leave everything running
+        self._refuse("the machine shuts down")
+        await self._storage.close()  # a running resize ends at a committed step
+        await self._durable()
+        context.add_done_callback(lambda _: self._power_wanted.set())  # the answer goes before the power
+        return common_pb2.EmptyMessage()
+
+    async def PrepareToSuspend(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
+        await self._durable()
+        return common_pb2.EmptyMessage()
+
+    async def _durable(self) -> None:
+        """The journal and all data are on the disk, or the reason why not is logged: the machine sleeps anyway."""
+        try:
+            await self._storage.suspend()
+        except StoragedError as error:
+            log.warning("not everything could be made durable: %s", error.message)
+        if self._power is not None:
+            await asyncio.to_thread(self._power.sync)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -14,15 +15,17 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from storaged.addresses import Address, TcpAddress, UnixAddress
+from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
 from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.guest.power import Power
+from storaged.rpc.calls import CallInterceptor, Calls, LimitsConfig
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.maitred import Maitred
 from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
+from storaged.rpc.vsock import PrivateDirectory, Relay, VsockConfig
 from storaged.runtime import StorageService
 
-MOST_CALLS = 512
 MOST_MESSAGE = 4 << 20
 
 
@@ -51,17 +54,34 @@ class Tls:
 class Server:
     """One gRPC server on any number of addresses."""
 
-    def __init__(self, storage: StorageService) -> None:
+    def __init__(
+        self,
+        storage: StorageService,
+        *,
+        power: Power | None = None,
+        limits: LimitsConfig | None = None,
+        vsock: VsockConfig | None = None,
+    ) -> None:
+        limits = limits or LimitsConfig()
+        self.calls = Calls()
+        self._gate = CallInterceptor(limits, self.calls)
         self._server = grpc.aio.server(
-            interceptors=[StatusInterceptor()],
-            maximum_concurrent_rpcs=MOST_CALLS,
+            interceptors=[self._gate, StatusInterceptor()],
+            maximum_concurrent_rpcs=limits.calls,
             options=[
                 ("grpc.so_reuseport", 0),  # a second daemon on our port is an error, not a share of the calls
                 ("grpc.max_receive_message_length", MOST_MESSAGE),
-                ("grpc.max_concurrent_streams", MOST_CALLS),
+                ("grpc.max_concurrent_streams", limits.calls),
+                ("grpc.max_metadata_size", 16 << 10),
+                ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1000)),
+                ("grpc.keepalive_timeout_ms", int(limits.keepalive_wait_s * 1000)),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may ask as often, not more
             ],
         )
-        maitred = Maitred(storage)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+        self.power_wanted = asyncio.Event()
+        """Set once Shutdown is answered: what follows is the end of the machine."""
+        maitred = Maitred(storage, power=power, refuse=self.refuse, power_wanted=self.power_wanted)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
         vm_guest_pb2_grpc.add_MaitredServicer_to_server(maitred, self._server)
         storaged_v1_pb2_grpc.add_StorageServicer_to_server(Storage(storage), self._server)
         self._health = health.aio.HealthServicer()
@@ -72,35 +92,58 @@ class Server:
         )
         reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._sockets: list[str] = []
+        self._vsock = vsock or VsockConfig()
+        self.relay: Relay | None = None
+        self._private: PrivateDirectory | None = None
+
+    def refuse(self, reason: str) -> None:
+        """Answer every new call with UNAVAILABLE and `reason`; an empty one lets them in again."""
+        self._gate.refuse = reason
+
+    def reconfigure(self, limits: LimitsConfig, vsock: VsockConfig) -> None:
+        """Take what can change while serving: deadlines, and who may connect over vsock."""
+        self._gate.limits = limits
+        self._vsock = vsock
+        if self.relay is not None:
+            self.relay.config = vsock
 
     async def start(
         self, addresses: Sequence[Address], *, tls: Tls | None = None, insecure: bool = False
     ) -> list[Address]:
         """Serve on `addresses`; the addresses with the ports that were chosen for port 0. Raises StoragedError."""
-        bound = [self._bind(address, tls, insecure) for address in addresses]
+        bound: list[Address] = [
+            address if isinstance(address, VsockAddress) else self._bind(address, tls, insecure)
+            for address in addresses
+        ]
+        outside = [address for address in addresses if isinstance(address, VsockAddress)]
+        if outside:
+            if not self._sockets:
+                self._private = PrivateDirectory()
+                self._bind_unix(UnixAddress(self._private.socket("grpc")))
+            self.relay = Relay(self._sockets[0], self._vsock)
+            for address in outside:
+                self.relay.listen(address)  # connections wait until the server runs, they are taken on this loop
         await self._server.start()
         for name in ("", *self._names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return bound
 
-    def _bind(self, address: Address, tls: Tls | None, insecure: bool) -> Address:
+    def _bind(self, address: UnixAddress | TcpAddress, tls: Tls | None, insecure: bool) -> Address:
         try:
             if isinstance(address, UnixAddress):
                 return self._bind_unix(address)
-            if isinstance(address, TcpAddress):
-                if tls is not None:
-                    port = self._server.add_secure_port(f"{address.host}:{address.port}", tls.credentials())
-                elif insecure and address.loopback:
-                    port = self._server.add_insecure_port(f"{address.host}:{address.port}")
-                else:
-                    raise ConfigError(
-                        f"{address} needs TLS with client certificates (--tls-cert, --tls-key, --tls-client-ca),"
-                        " unless it is a loopback address and --insecure is given"
-                    )
-                return TcpAddress(address.host, port)
+            if tls is not None:
+                port = self._server.add_secure_port(f"{address.host}:{address.port}", tls.credentials())
+            elif insecure and address.loopback:
+                port = self._server.add_insecure_port(f"{address.host}:{address.port}")
+            else:
+                raise ConfigError(
+                    f"{address} needs TLS with client certificates (--tls-cert, --tls-key, --tls-client-ca),"
+                    " unless it is a loopback address and --insecure is given"
+                )
+            return TcpAddress(address.host, port)
         except RuntimeError as error:
             raise StoragedError(f"cannot listen on {address}: {error}", Kind.UNAVAILABLE) from error
-        raise ConfigError(f"{address}: listening on vsock is not built yet; use unix: or tcp:")
 
     def _bind_unix(self, address: UnixAddress) -> Address:
         if _somebody_listens(address.path):
@@ -115,11 +158,17 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, let running ones finish within `grace_s`."""
+        if self.relay is not None:
+            self.relay.stop_listening()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        if self.relay is not None:
+            await self.relay.close()
         for path in self._sockets:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+        if self._private is not None:
+            self._private.remove()
 
 
 def _somebody_listens(path: str) -> bool:
