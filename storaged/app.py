@@ -6,32 +6,36 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 
-from storaged import __version__
-from storaged.addresses import parse_address
-from storaged.config import ServeConfig
+from storaged import __version__, cmdline
+from storaged.addresses import VsockAddress, parse_address
+from storaged.config import HOST, Settings
 from storaged.core.ports import World
 from storaged.errors import ConfigError
-from storaged.rpc.server import Server, Tls
+from storaged.guest.power import Power, real_power
+from storaged.notify import Notifier
+from storaged.rpc.power import PowerControl
+from storaged.rpc.server import Server
 from storaged.runtime import StorageService
+from storaged.service import ManagedService
 from storaged.units import GIB, format_size
 
 log = logging.getLogger("storaged")
-GRACE_S = 5.0
+HOST_CID = 2
+"""VMADDR_CID_HOST (vsock(7))."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What one run of `storaged serve` was asked for."""
+    """What one run of `storaged serve` was asked for. `reread` gets the settings anew, where there is a file."""
 
-    config: ServeConfig
+    settings: Settings
+    reread: Callable[[], Settings] | None = None
     sim: bool = False
     sim_size: int = 8 * GIB
     sim_speed: int = 0
-    insecure: bool = False
-    tls: Tls | None = None
-    release: bool = False
 
 
 def real_world(stateful: str, state_dir: str) -> World:
@@ -70,38 +74,86 @@ def sim_world(options: Options) -> World:
 
 async def serve(options: Options) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises StoragedError when it cannot start."""
-    config = options.config
-    addresses = [parse_address(text) for text in config.listen]
-    world = sim_world(options) if options.sim else real_world(config.stateful, config.state_dir)
-    storage = StorageService(world, config.storage)
+    settings = options.settings
+    addresses = [parse_address(text) for text in settings.serve.listen]
+    world = sim_world(options) if options.sim else real_world(settings.serve.stateful, settings.serve.state_dir)
+    storage = StorageService(world, settings.storage)
+    server = Server(storage, power=_power(options), limits=settings.limits, vsock=settings.vsock)
+    notifier = Notifier()
+    service = ManagedService(storage, server, notifier, settings, options.reread)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(storage)
-    exporter = None
+    loop.add_signal_handler(signal.SIGHUP, service.reload)
+    exporter = watcher = None
+    background: list[asyncio.Task[None]] = []
     await storage.start()
     try:
-        if config.metrics:
+        if settings.serve.metrics:
             from storaged import metrics  # 5 MB that a daemon without metrics need not carry
 
-            exporter = metrics.serve(storage, config.metrics)
-        bound = await server.start(addresses, tls=options.tls, insecure=options.insecure)
+            exporter = metrics.serve(storage, settings.serve.metrics, server)
+        bound = await server.start(addresses, settings.tls)
         size = format_size(storage.current_size())
         what = f"a simulated filesystem of {size}" if options.sim else f"{world.filesystem.mountpoint} ({size})"
         log.info("storaged %s serves %s on %s", __version__, what, ", ".join(map(str, bound)))
+        service.ready()
+        background = [asyncio.create_task(work) for work in _beside(server, service, settings, stopping)]
         watcher = None if options.sim else _watch_capacity(storage, loop)
         _warm_up(world)
         await stopping.wait()
         log.info("stopping")
+        notifier.stopping()
+        server.refuse("storaged is stopping")
         if watcher is not None:
             loop.remove_reader(watcher)
         await storage.close()
-        await server.stop(GRACE_S)
+        await server.stop(service.settings.limits.drain_s)
     finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
         if exporter is not None:
             exporter.shutdown()
-        await storage.stop(release=options.release)
+        await storage.stop(release=settings.serve.release)
+    if server.power is not None and server.power.due:
+        server.power.power_off()
+
+
+def _power(options: Options) -> Power | None:
+    """The switch that Shutdown has; a simulated guest has a simulated one."""
+    if options.settings.serve.only_storage:
+        return None
+    if options.sim:
+        from storaged.sim.power import SimPower
+
+        return SimPower()
+    return real_power()
+
+
+def _beside(
+    server: Server, service: ManagedService, settings: Settings, stopping: asyncio.Event
+) -> Iterator[Coroutine[None, None, None]]:
+    """What goes on while the daemon serves."""
+    yield service.keep_alive()
+    if server.power is not None:
+        yield _until_off(server.power, server, stopping)
+    if settings.serve.notify_host:
+        yield _tell_host(settings)
+
+
+async def _until_off(power: PowerControl, server: Server, stopping: asyncio.Event) -> None:
+    await power.run(server.flushed)
+    stopping.set()
+
+
+async def _tell_host(settings: Settings) -> None:
+    from storaged.rpc.ready import tell_host
+
+    name = settings.serve.notify_host
+    address = VsockAddress(HOST_CID, cmdline.read().listen_port) if name == HOST else parse_address(name)
+    await tell_host(address, settings.notify)
 
 
 def _watch_capacity(storage: StorageService, loop: asyncio.AbstractEventLoop) -> int | None:

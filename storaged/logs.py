@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+RPC_METHOD: ContextVar[str] = ContextVar("rpc_method", default="")
 JOURNAL = "/run/systemd/journal/socket"
 MOST_FIELD = 16 << 10
 """Longest field; with it an entry always fits into one datagram."""
@@ -62,7 +63,7 @@ def encode(record: logging.LogRecord) -> bytes:
     message = record.getMessage()
     if record.exc_info and record.exc_info[1] is not None:
         message += "\n" + "".join(traceback.format_exception(record.exc_info[1])).rstrip()
-    fields = {
+    fields: dict[str, str] = {
         "MESSAGE": message,
         "PRIORITY": str(next((number for level, number in _PRIORITY if record.levelno >= level), 7)),
         "SYSLOG_IDENTIFIER": "storaged",
@@ -70,7 +71,9 @@ def encode(record: logging.LogRecord) -> bytes:
         "CODE_FILE": record.pathname,
         "CODE_LINE": str(record.lineno),
         "CODE_FUNC": record.funcName or "",
+        "THREAD_NAME": record.threadName or "",
         "REQUEST_ID": REQUEST_ID.get(),
+        "RPC_METHOD": RPC_METHOD.get(),
     }
     entry = b""
     for name, text in fields.items():

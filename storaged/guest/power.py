@@ -6,21 +6,23 @@ import contextlib
 import ctypes
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from storaged.errors import Kind, StoragedError
 
 log = logging.getLogger(__name__)
 
 LOGIND_S = 5.0
+SYSTEMCTL_S = 10.0
 TERM_S = 10.0
 KILL_S = 2.0
 RB_POWER_OFF = 0x4321FEDC
-MNT_DETACH = 2
 MS_REMOUNT, MS_RDONLY = 32, 1
 KEPT = ("/", "/proc", "/sys", "/dev", "/run")
 """Mounts that the last steps need, or that have nothing to lose."""
@@ -28,6 +30,10 @@ KEPT = ("/", "/proc", "/sys", "/dev", "/run")
 
 class Power(Protocol):
     """The machine's power."""
+
+    @property
+    def last(self) -> bool:
+        """True when `power_off` ends every process at once: whoever calls it must have closed everything."""
 
     def check(self) -> None:
         """Raise StoragedError when `power_off` could not work; changes nothing."""
@@ -41,6 +47,8 @@ class Power(Protocol):
 
 class LogindPower:
     """Asks systemd-logind over the system bus."""
+
+    last = False
 
     def __init__(self, bus: str = "SYSTEM") -> None:
         self._bus = bus
@@ -74,6 +82,77 @@ class LogindPower:
         return reply.body[0] if reply.body else None
 
 
+@dataclass(frozen=True, slots=True)
+class SystemctlPower:
+    """Asks the service manager by its own tool, which needs no bus."""
+
+    last: ClassVar[bool] = False
+
+    program: str = "systemctl"
+    booted: str = "/run/systemd/system"
+    """There when systemd is the service manager (sd_booted(3))."""
+
+    def check(self) -> None:
+        if shutil.which(self.program) is None:
+            raise StoragedError(f"{self.program} is not there", Kind.UNSUPPORTED)
+        if not os.path.isdir(self.booted):
+            raise StoragedError("systemd does not run this machine", Kind.UNSUPPORTED)
+
+    def sync(self) -> None:
+        os.sync()
+
+    def power_off(self) -> None:
+        try:
+            subprocess.run(
+                [self.program, "--no-block", "--no-ask-password", "poweroff"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=True,
+                timeout=SYSTEMCTL_S,
+                text=True,
+                errors="replace",
+            )
+        except subprocess.CalledProcessError as error:
+            raise StoragedError(
+                f"{self.program} refused to power off: {error.stderr.strip()}", Kind.UNAVAILABLE
+            ) from error
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise StoragedError(f"{self.program} cannot power off: {error}", Kind.UNAVAILABLE) from error
+
+
+@dataclass(frozen=True, slots=True)
+class FirstPower:
+    """The first of several ways that works."""
+
+    last: ClassVar[bool] = False
+
+    ways: tuple[Power, ...]
+
+    def check(self) -> None:
+        self._first(lambda way: way.check())
+
+    def sync(self) -> None:
+        os.sync()
+
+    def power_off(self) -> None:
+        def off(way: Power) -> None:
+            way.check()
+            way.power_off()
+
+        self._first(off)
+
+    def _first(self, step: Callable[[Power], None]) -> None:
+        failed: list[StoragedError] = []
+        for way in self.ways:
+            try:
+                step(way)
+            except StoragedError as error:
+                failed.append(error)
+            else:
+                return
+        raise StoragedError("; ".join(error.message for error in failed), failed[0].kind)
+
+
 def _kernel_power_off() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.reboot(ctypes.c_int(RB_POWER_OFF)) != 0:
@@ -85,7 +164,8 @@ def _kernel_power_off() -> None:
 class InitPower:
     """As process 1: every process is told to end, what is mounted is let go, then the power."""
 
-    last: Callable[[], None] = _kernel_power_off
+    last: ClassVar[bool] = True
+    switch: Callable[[], None] = _kernel_power_off
     term_s: float = TERM_S
     kept: tuple[str, ...] = KEPT
 
@@ -112,11 +192,11 @@ class InitPower:
                 log.warning("%s stays mounted: %s; read-only from here on", point, reason)
                 libc.mount(None, os.fsencode(point), None, ctypes.c_ulong(MS_REMOUNT | MS_RDONLY), None)
         os.sync()
-        self.last()
+        self.switch()
 
 
 def mounts_to_release(mountinfo: str, kept: tuple[str, ...] = KEPT) -> list[str]:
-    """Mount points in the order to unmount them: the newest first, without `kept` and what is below /proc, /sys, /dev."""
+    """Mount points in the order to unmount them, newest first; not `kept`, nor what is below /proc, /sys or /dev."""
     points = []
     for line in mountinfo.splitlines():
         words = line.split(" ")
@@ -161,4 +241,4 @@ def _others() -> bool:
 
 def real_power() -> Power:
     """The way this process can turn its machine off."""
-    return InitPower() if os.getpid() == 1 else LogindPower()
+    return InitPower() if os.getpid() == 1 else FirstPower((LogindPower(), SystemctlPower()))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import logging
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from storaged.logs import REQUEST_ID, request_id
+from storaged.config import LimitsConfig
+from storaged.logs import REQUEST_ID, RPC_METHOD, request_id
 
+log = logging.getLogger(__name__)
 OURS = ("/vm_tools.Maitred/", "/storaged.v1.Storage/")
 ALWAYS = ("/vm_tools.Maitred/Shutdown",)
-"""Answered while the gate is shut: asking twice for the same end is no error."""
+"""Answered while the gate is shut, and whatever the load: asking twice for the same end is no error."""
 BUCKETS = (0.01, 0.1, 1.0, 10.0)
 """Seconds: a read, a balloon step, a slow disk, and the host's deadline is near."""
 COUNTED_FROM_START = (
@@ -29,31 +33,10 @@ COUNTED_FROM_START = (
     "GetAvailableSpace",
 )
 ID_HEADER = "x-request-id"
-
-
-@dataclass(frozen=True, slots=True)
-class LimitsConfig:
-    """What one caller may cost."""
-
-    call_s: float = field(
-        default=60.0,
-        metadata={"help": "Deadline of a unary call whose caller gave none.", "unit": "seconds", "least": 1.0},
-    )
-    calls: int = field(default=512, metadata={"help": "Calls that run at once.", "least": 8, "most": 65536})
-    keepalive_s: float = field(
-        default=60.0, metadata={"help": "A silent connection is pinged after this.", "unit": "seconds", "least": 1.0}
-    )
-    keepalive_wait_s: float = field(
-        default=20.0,
-        metadata={"help": "It ends when the ping is not answered within this.", "unit": "seconds", "least": 1.0},
-    )
-    drain_s: float = field(
-        default=5.0, metadata={"help": "Running calls may finish within this at the end.", "unit": "seconds"}
-    )
-
-
 Labels = tuple[str, str, str]
 """grpc_type, grpc_service, grpc_method."""
+UNKNOWN: Labels = ("unary", "unknown", "unknown")
+"""All methods that nobody has: their names are whatever the caller made up, and must not become labels."""
 
 
 @dataclass(slots=True)
@@ -81,13 +64,14 @@ class Calls:
         self.started[labels] += 1
         return perf_counter()
 
-    def end(self, labels: Labels, code: str, began: float) -> None:
-        """It ended."""
+    def end(self, labels: Labels, code: str, began: float) -> float:
+        """It ended; the seconds it took."""
         self.handled[labels, code] += 1
         took = perf_counter() - began
         duration = self.seconds.setdefault(labels, Duration())
         duration.buckets[bisect_left(BUCKETS, took)] += 1
         duration.total += took
+        return took
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -98,6 +82,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.calls = calls
         self.refuse = ""
         """Why no new work is taken; empty while it is."""
+        self.running = {"unary": 0, "stream": 0}
 
     async def intercept_service(
         self,
@@ -105,80 +90,92 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return None  # gRPC answers UNIMPLEMENTED; names somebody made up are not counted
         method = handler_call_details.method
+        if handler is None:
+            self.calls.end(UNKNOWN, "UNIMPLEMENTED", self.calls.begin(UNKNOWN))
+            return None  # gRPC answers
         _, service, name = method.split("/", 2)
-        if handler.unary_unary is not None and inspect.iscoroutinefunction(handler.unary_unary):
-            labels = ("unary", service, name)
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary, method, labels),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.unary_stream is not None and method.startswith(OURS):
-            labels = ("server_stream", service, name)
-            return grpc.unary_stream_rpc_method_handler(
-                self._streaming(handler.unary_stream, method, labels),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        return handler
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary is not None:
+            run = self._unary(handler.unary_unary, method, ("unary", service, name))
+            return grpc.unary_unary_rpc_method_handler(run, **codec)
+        if handler.unary_stream is not None:
+            stream = self._streaming(handler.unary_stream, method, ("server_stream", service, name))
+            return grpc.unary_stream_rpc_method_handler(stream, **codec)
+        if handler.stream_stream is not None:
+            stream = self._streaming(handler.stream_stream, method, ("bidi_stream", service, name))
+            return grpc.stream_stream_rpc_method_handler(stream, **codec)
+        return handler  # nothing here takes a stream and answers once
 
-    async def _enter(self, context: Any, method: str) -> None:
+    @contextlib.contextmanager
+    def _counted(self, labels: Labels, method: str, context: Any) -> Iterator[None]:
+        """Around a call: its name in the log, its place among those that run, its code and duration in the counts."""
         offered = next((value for key, value in context.invocation_metadata() or () if key == ID_HEADER), None)
         identity = request_id(offered)
         REQUEST_ID.set(identity)
+        RPC_METHOD.set(method)
         context.set_trailing_metadata(((ID_HEADER, identity),))
-        if self.refuse and method.startswith(OURS) and method not in ALWAYS:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, self.refuse, ((ID_HEADER, identity),))
+        kind = "unary" if labels[0] == "unary" else "stream"
+        self.running[kind] += 1
+        began, code = self.calls.begin(labels), "UNKNOWN"
+        try:
+            yield
+            code = _code(context)
+        except (asyncio.CancelledError, GeneratorExit):
+            code = _cancelled(context)
+            raise
+        except BaseException:
+            code = _code(context, "UNKNOWN")
+            raise
+        finally:
+            self.running[kind] -= 1
+            took = self.calls.end(labels, code, began)
+            log.debug("%s: %s after %.1f ms", method, code, took * 1e3)
+
+    async def _enter(self, context: Any, method: str, kind: str, most: int) -> None:
+        """Let the call in, or end it."""
+        if method in ALWAYS:
+            return
+        if self.running[kind] > most:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{most} calls of this kind are running already; try again later"
+            )
+        if self.refuse and method.startswith(OURS):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self.refuse)
 
     def _unary(self, call: Callable[..., Awaitable[Any]], method: str, labels: Labels) -> Callable[..., Any]:
         async def run(request: Any, context: Any) -> Any:
-            began, code = self.calls.begin(labels), "UNKNOWN"
-            try:
-                await self._enter(context, method)
+            with self._counted(labels, method, context):
+                await self._enter(context, method, "unary", self.limits.calls)
                 limit = self.limits.call_s if context.time_remaining() is None else None
+                watch = asyncio.timeout(limit)
                 try:
-                    async with asyncio.timeout(limit) as watch:
-                        answer = await call(request, context)
+                    async with watch:
+                        return await call(request, context)
                 except TimeoutError:
                     if not watch.expired():
                         raise
-                    await context.abort(
-                        grpc.StatusCode.DEADLINE_EXCEEDED, f"not done within {limit:g} s; give a longer deadline"
-                    )
-                code = _code(context)
-                return answer
-            except asyncio.CancelledError:
-                code = _cancelled(context)
-                raise
-            except BaseException:
-                code = _code(context, "UNKNOWN")
-                raise
-            finally:
-                self.calls.end(labels, code, began)
+                    too_long = f"not done within {limit:g} s; give a longer deadline"
+                    return await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, too_long)
 
         return run
 
     def _streaming(self, call: Callable[..., Any], method: str, labels: Labels) -> Callable[..., Any]:
-        async def run(request: Any, context: Any) -> AsyncIterator[Any]:
-            began, code = self.calls.begin(labels), "CANCELLED"
-            try:
-                await self._enter(context, method)
+        async def answers(request: Any, context: Any) -> AsyncIterator[Any]:
+            with self._counted(labels, method, context):
+                await self._enter(context, method, "stream", self.limits.streams)
                 async for answer in call(request, context):
                     yield answer
-                code = _code(context)
-            except (asyncio.CancelledError, GeneratorExit):
-                code = _cancelled(context)
-                raise
-            except BaseException:
-                code = _code(context, "UNKNOWN")
-                raise
-            finally:
-                self.calls.end(labels, code, began)
 
-        return run
+        async def writes(request: Any, context: Any) -> None:
+            with self._counted(labels, method, context):
+                await self._enter(context, method, "stream", self.limits.streams)
+                await call(request, context)
+
+        return answers if inspect.isasyncgenfunction(call) else writes
 
 
 def _code(context: Any, otherwise: str = "OK") -> str:

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from storaged.core.model import Told
-from storaged.errors import InvalidRequest, StoragedError, Unsupported
-from storaged.guest.power import Power
+from storaged.errors import InvalidRequest, Unsupported
+from storaged.rpc.power import PowerControl
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.runtime import StorageService
 
-log = logging.getLogger(__name__)
 Context = Any
+Module = TypeVar("Module")
 
 
 class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     """The storage half of the contract, and power; every other method answers UNIMPLEMENTED."""
 
-    def __init__(
-        self,
-        storage: StorageService,
-        *,
-        power: Power | None = None,
-        refuse: Callable[[str], None] = lambda _: None,
-        power_wanted: asyncio.Event | None = None,
-    ) -> None:
+    def __init__(self, storage: StorageService, *, power: PowerControl | None = None) -> None:
         self._storage = storage
         self._power = power
-        self._refuse = refuse
-        self._power_wanted = power_wanted or asyncio.Event()
 
     async def UpdateStorageBalloon(
         self, request: vm_guest_pb2.UpdateStorageBalloonRequest, context: Context
@@ -80,24 +68,16 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
         return vm_guest_pb2.GetKernelVersionResponse(kernel_release=kernel.release, kernel_version=kernel.version)
 
     async def Shutdown(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
-        if self._power is None:
-            raise Unsupported("this daemon was given no power to turn off")
-        await asyncio.to_thread(self._power.check)  # first: a refusal must leave everything running
-        self._refuse("the machine shuts down")
-        await self._storage.close()  # a running resize ends at a committed step
-        await self._durable()
-        context.add_done_callback(lambda _: self._power_wanted.set())  # the answer goes before the power
+        await _there(self._power).shut_down(context.add_done_callback)
         return common_pb2.EmptyMessage()
 
     async def PrepareToSuspend(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
-        await self._durable()
+        await _there(self._power).suspend()
         return common_pb2.EmptyMessage()
 
-    async def _durable(self) -> None:
-        """The journal and all data are on the disk, or the reason why not is logged: the machine sleeps anyway."""
-        try:
-            await self._storage.suspend()
-        except StoragedError as error:
-            log.warning("not everything could be made durable: %s", error.message)
-        if self._power is not None:
-            await asyncio.to_thread(self._power.sync)
+
+def _there(module: Module | None) -> Module:
+    """A part that this daemon was given; UNIMPLEMENTED without it."""
+    if module is None:
+        raise Unsupported("this daemon does not serve this method")
+    return module

@@ -5,33 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
 
 from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
+from storaged.config import NotifyConfig
 from storaged.rpc.proto import common_pb2, vm_host_pb2_grpc
-from storaged.rpc.vsock import PrivateDirectory, connect_through
+from storaged.rpc.vsock import PrivateDirectory, serve_outward, to_vsock
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NotifyConfig:
-    """How long the host is told."""
-
-    call_s: float = field(
-        default=5.0, metadata={"help": "One attempt may take this.", "unit": "seconds", "least": 0.1}
-    )
-    first_s: float = field(
-        default=0.2,
-        metadata={"help": "Pause before the second attempt, doubled each time.", "unit": "seconds", "least": 0.01},
-    )
-    most_s: float = field(default=5.0, metadata={"help": "Longest pause.", "unit": "seconds", "least": 0.01})
-    give_up_s: float = field(
-        default=120.0, metadata={"help": "No further attempt after this.", "unit": "seconds", "least": 0.0}
-    )
 
 
 async def tell_host(address: Address, config: NotifyConfig | None = None) -> bool:
@@ -42,7 +25,7 @@ async def tell_host(address: Address, config: NotifyConfig | None = None) -> boo
     try:
         if isinstance(address, VsockAddress):
             private = PrivateDirectory()
-            way = await connect_through(address, private.socket("out"))
+            way = await serve_outward(to_vsock(address), private.socket("out"))
             target = f"unix:{private.socket('out')}"
         else:
             target = _target(address)

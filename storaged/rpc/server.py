@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -16,39 +15,33 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
+from storaged.config import LimitsConfig, TlsConfig, VsockConfig
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.guest.power import Power
-from storaged.rpc.calls import CallInterceptor, Calls, LimitsConfig
+from storaged.rpc.calls import CallInterceptor, Calls
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.maitred import Maitred
+from storaged.rpc.power import PowerControl
 from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
-from storaged.rpc.vsock import PrivateDirectory, Relay, VsockConfig
+from storaged.rpc.vsock import PrivateDirectory, Relay
 from storaged.runtime import StorageService
 
-MOST_MESSAGE = 4 << 20
 
-
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """PEM files: our certificate and key, and the authority that must have signed the clients' certificates."""
-
-    certificate: str
-    key: str
-    client_authority: str
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """What gRPC needs. Raises ConfigError when a file cannot be read."""
-        contents = []
-        for path in (self.key, self.certificate, self.client_authority):
-            try:
-                with open(path, "rb") as file:
-                    contents.append(file.read())
-            except OSError as error:
-                raise ConfigError(f"TLS file {path}: {error.strerror}") from error
-        return grpc.ssl_server_credentials(
-            [(contents[0], contents[1])], root_certificates=contents[2], require_client_auth=True
-        )
+def credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
+    """What gRPC needs to serve with TLS; None without. Raises ConfigError when a file cannot be read."""
+    if not tls.certificate:
+        return None
+    contents = []
+    for path in (tls.key, tls.certificate, tls.client_authority):
+        try:
+            with open(path, "rb") as file:
+                contents.append(file.read())
+        except OSError as error:
+            raise ConfigError(f"TLS file {path}: {error.strerror}") from error
+    return grpc.ssl_server_credentials(
+        [(contents[0], contents[1])], root_certificates=contents[2], require_client_auth=True
+    )
 
 
 class Server:
@@ -65,23 +58,24 @@ class Server:
         limits = limits or LimitsConfig()
         self.calls = Calls()
         self._gate = CallInterceptor(limits, self.calls)
+        streams = limits.calls + limits.streams
         self._server = grpc.aio.server(
             interceptors=[self._gate, StatusInterceptor()],
-            maximum_concurrent_rpcs=limits.calls,
+            maximum_concurrent_rpcs=4 * streams,  # the gate refuses far below this, and counts what it refuses
             options=[
                 ("grpc.so_reuseport", 0),  # a second daemon on our port is an error, not a share of the calls
-                ("grpc.max_receive_message_length", MOST_MESSAGE),
-                ("grpc.max_concurrent_streams", limits.calls),
+                ("grpc.max_receive_message_length", limits.message_bytes),
+                ("grpc.max_concurrent_streams", streams),
                 ("grpc.max_metadata_size", 16 << 10),
+                ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
                 ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1000)),
                 ("grpc.keepalive_timeout_ms", int(limits.keepalive_wait_s * 1000)),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may ask as often, not more
             ],
         )
-        self.power_wanted = asyncio.Event()
-        """Set once Shutdown is answered: what follows is the end of the machine."""
-        maitred = Maitred(storage, power=power, refuse=self.refuse, power_wanted=self.power_wanted)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+        self.power = None if power is None else PowerControl(storage, power, self.refuse)
+        maitred = Maitred(storage, power=self.power)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
         vm_guest_pb2_grpc.add_MaitredServicer_to_server(maitred, self._server)
         storaged_v1_pb2_grpc.add_StorageServicer_to_server(Storage(storage), self._server)
         self._health = health.aio.HealthServicer()
@@ -101,19 +95,17 @@ class Server:
         self._gate.refuse = reason
 
     def reconfigure(self, limits: LimitsConfig, vsock: VsockConfig) -> None:
-        """Take what can change while serving: deadlines, and who may connect over vsock."""
-        self._gate.limits = limits
+        """Take what can change while serving: the deadline, and who may connect over vsock."""
+        self._gate.limits = replace(self._gate.limits, call_s=limits.call_s)
         self._vsock = vsock
         if self.relay is not None:
             self.relay.config = vsock
 
-    async def start(
-        self, addresses: Sequence[Address], *, tls: Tls | None = None, insecure: bool = False
-    ) -> list[Address]:
+    async def start(self, addresses: Sequence[Address], tls: TlsConfig | None = None) -> list[Address]:
         """Serve on `addresses`; the addresses with the ports that were chosen for port 0. Raises StoragedError."""
+        tls = tls or TlsConfig()
         bound: list[Address] = [
-            address if isinstance(address, VsockAddress) else self._bind(address, tls, insecure)
-            for address in addresses
+            address if isinstance(address, VsockAddress) else self._bind(address, tls) for address in addresses
         ]
         outside = [address for address in addresses if isinstance(address, VsockAddress)]
         if outside:
@@ -128,13 +120,13 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return bound
 
-    def _bind(self, address: UnixAddress | TcpAddress, tls: Tls | None, insecure: bool) -> Address:
+    def _bind(self, address: UnixAddress | TcpAddress, tls: TlsConfig) -> Address:
         try:
             if isinstance(address, UnixAddress):
                 return self._bind_unix(address)
-            if tls is not None:
-                port = self._server.add_secure_port(f"{address.host}:{address.port}", tls.credentials())
-            elif insecure and address.loopback:
+            if (secure := credentials(tls)) is not None:
+                port = self._server.add_secure_port(f"{address.host}:{address.port}", secure)
+            elif tls.insecure and address.loopback:
                 port = self._server.add_insecure_port(f"{address.host}:{address.port}")
             else:
                 raise ConfigError(
@@ -156,6 +148,11 @@ class Server:
         self._sockets.append(address.path)
         return address
 
+    async def flushed(self, within_s: float) -> None:
+        """Returns once every answer has left, or `within_s` is over."""
+        if self.relay is not None:
+            await self.relay.flushed(within_s)
+
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, let running ones finish within `grace_s`."""
         if self.relay is not None:
@@ -163,6 +160,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         if self.relay is not None:
+            await self.relay.flushed(1.0)
             await self.relay.close()
         for path in self._sockets:
             with contextlib.suppress(FileNotFoundError):

@@ -14,9 +14,10 @@ import shutil
 import socket
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine
 
 from storaged.addresses import VsockAddress
+from storaged.config import VsockConfig
 from storaged.errors import Kind, StoragedError
 
 log = logging.getLogger(__name__)
@@ -27,33 +28,6 @@ BUFFER = 64 << 10
 """Bytes that may wait for a slow reader before the other side is no longer read; one read more may be added."""
 BACKLOG = 64
 REASONS = ("cid", "full", "full_cid", "preface", "idle", "backend")
-
-
-@dataclass(frozen=True, slots=True)
-class VsockConfig:
-    """Who may come in over vsock, and how much of it."""
-
-    cids: tuple[int, ...] = field(
-        default=(2,), metadata={"help": "Context ids that may connect; 2 is the host.", "most": 0xFFFFFFFE}
-    )
-    connections: int = field(
-        default=64, metadata={"help": "Connections held at once.", "least": 1, "most": 4096}
-    )
-    connections_per_cid: int = field(
-        default=32, metadata={"help": "The same for one context id.", "least": 1, "most": 4096}
-    )
-    preface_s: float = field(
-        default=5.0,
-        metadata={"help": "A peer must have begun to speak HTTP/2 within this.", "unit": "seconds", "least": 0.1},
-    )
-    idle_s: float = field(
-        default=180.0,
-        metadata={
-            "help": "A connection whose peer sent nothing for this long ends; must outlast the server's keepalive.",
-            "unit": "seconds",
-            "least": 1.0,
-        },
-    )
 
 
 class _End(asyncio.Protocol):
@@ -69,6 +43,9 @@ class _End(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        if self._pair.ended:
+            transport.abort()  # it was given up before it was there
+            return
         transport.set_write_buffer_limits(high=BUFFER)
 
     def data_received(self, data: bytes) -> None:
@@ -110,7 +87,7 @@ class _Pair:
         self.outer.other, self.inner.other = self.inner, self.outer
         self._first = b""
         self._heard_at = self._loop.time()
-        self._ended = False
+        self.ended = False
         self._timer = self._loop.call_later(relay.config.preface_s, self._look)
 
     def heard(self, data: bytes) -> bytes:
@@ -133,13 +110,11 @@ class _Pair:
             log.warning("the server behind the vsock relay does not answer: %s", error)
             self._drop("backend")
             return
-        if self._ended or self.outer.transport is None:
+        if self.ended or self.outer.transport is None:
             transport.abort()
             return
         transport.write(self._first)
         self._first = b""
-        if self.outer.finished:
-            transport.write_eof()
         self.outer.transport.resume_reading()
         self._arm(self._relay.config.idle_s)
 
@@ -158,13 +133,13 @@ class _Pair:
             self._arm(left)
 
     def _drop(self, reason: str) -> None:
-        if not self._ended:
+        if not self.ended:
             self._relay.count(reason, self.cid)
         self.end(abruptly=True)
 
     def end(self, *, abruptly: bool = False) -> None:
         """Close both sides: what waits is still written for a while, unless `abruptly`."""
-        first, self._ended = not self._ended, True
+        first, self.ended = not self.ended, True
         for one in (self.outer, self.inner):
             if one.transport is not None:
                 if abruptly:
@@ -179,6 +154,11 @@ class _Pair:
 
     def _abort(self) -> None:
         self.end(abruptly=True)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that wait to be sent to the peer."""
+        return self.outer.transport.get_write_buffer_size() if self.outer.transport is not None else 0
 
     def lost(self, one: _End) -> None:
         """`one` is gone; the pair with it when nothing is left."""
@@ -259,6 +239,13 @@ class Relay:
         peer.close()
         self.count(reason, cid)
 
+    async def flushed(self, within_s: float) -> None:
+        """Returns once nothing waits to be sent to a peer, or `within_s` is over."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + within_s
+        while any(pair.waiting for pair in self._pairs) and loop.time() < until:  # noqa: ASYNC110  # once, at the end
+            await asyncio.sleep(0.01)
+
     async def _begin(self, pair: _Pair, peer: socket.socket) -> None:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: pair.outer, peer)
@@ -266,9 +253,9 @@ class Relay:
             peer.close()
             self.forget(pair)
 
-    def spawn(self, work: object) -> None:
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run a coroutine of a connection, and keep it until it is done."""
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -322,17 +309,32 @@ class PrivateDirectory:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-async def connect_through(address: VsockAddress, path: str) -> asyncio.Server:
-    """Serve the unix socket `path`, whose connections go out to `address`: for a gRPC client."""
+Connect = Callable[[], Awaitable[socket.socket]]
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+
+def to_vsock(address: VsockAddress) -> Connect:
+    """How to connect to `address`."""
+
+    async def connect() -> socket.socket:
         outside = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             await asyncio.get_running_loop().sock_connect(outside, (address.cid, address.port))
-            far_reader, far_writer = await asyncio.open_connection(sock=outside, limit=BUFFER)
-        except OSError as error:
-            log.debug("%s: %s", address, error)
+        except BaseException:
             outside.close()
+            raise
+        return outside
+
+    return connect
+
+
+async def serve_outward(connect: Connect, path: str) -> asyncio.Server:
+    """Serve the unix socket `path`, each of whose connections goes out by `connect`: for a gRPC client."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_connection(sock=await connect(), limit=BUFFER)
+        except OSError as error:
+            log.debug("no way out: %s", error)
             writer.close()
             return
         await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))

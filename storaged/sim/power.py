@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from storaged.errors import StoragedError
 
@@ -11,6 +12,7 @@ from storaged.errors import StoragedError
 class SimPower:
     """Keeps what was done, in order; `fault` is raised by `check`."""
 
+    last: ClassVar[bool] = False
     done: list[str] = field(default_factory=list)
     fault: StoragedError | None = None
 
