@@ -72,7 +72,7 @@ class ManagedService:
                 await asyncio.sleep(within / 3)
 
     def reload(self) -> None:
-        """Read the settings again: what a running daemon can take is in force at once, a broken file changes nothing."""
+        """Read the settings again: what can change is in force at once, a broken file changes nothing."""
         if self._reread is None:
             log.info("there is no configuration file to read again")
             return

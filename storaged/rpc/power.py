@@ -19,7 +19,7 @@ GOING_DOWN = "the machine shuts down"
 
 
 class PowerControl:
-    """Carries out Shutdown and PrepareToSuspend. `refuse(reason)` shuts the gate to new calls, an empty one opens it."""
+    """Carries out Shutdown and PrepareToSuspend. `refuse(reason)` shuts the gate to new calls, empty opens it."""
 
     def __init__(self, storage: StorageService, power: Power, refuse: Callable[[str], None]) -> None:
         self._storage = storage

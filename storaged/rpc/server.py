@@ -107,14 +107,13 @@ class Server:
         bound: list[Address] = [
             address if isinstance(address, VsockAddress) else self._bind(address, tls) for address in addresses
         ]
-        outside = [address for address in addresses if isinstance(address, VsockAddress)]
-        if outside:
+        if any(isinstance(address, VsockAddress) for address in addresses):
             if not self._sockets:
                 self._private = PrivateDirectory()
                 self._bind_unix(UnixAddress(self._private.socket("grpc")))
             self.relay = Relay(self._sockets[0], self._vsock)
-            for address in outside:
-                self.relay.listen(address)  # connections wait until the server runs, they are taken on this loop
+            # Connections wait until the server runs: they are taken on this loop.
+            bound = [self.relay.listen(one) if isinstance(one, VsockAddress) else one for one in bound]
         await self._server.start()
         for name in ("", *self._names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -193,7 +193,7 @@ class Relay:
         return len(self._pairs)
 
     def listen(self, address: VsockAddress) -> VsockAddress:
-        """Accept on `address`; StoragedError when that cannot be."""
+        """Accept on `address`; the address with the port that was chosen for the port of any. Raises StoragedError."""
         try:
             listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
@@ -206,7 +206,7 @@ class Relay:
             raise StoragedError(f"cannot listen on {address}: {error.strerror}", Kind.UNAVAILABLE) from error
         self._listeners.append(listener)
         asyncio.get_running_loop().add_reader(listener, self._accept, listener)
-        return address
+        return VsockAddress(address.cid, listener.getsockname()[1])
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(BACKLOG):
