@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics, start_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from storaged import __version__
 from storaged.addresses import TcpAddress, parse_address
@@ -132,7 +133,7 @@ class CallsCollector(Collector):
         seconds = HistogramMetricFamily("grpc_server_handling_seconds", "How long calls took", labels=names)
         for labels, duration in list(calls.seconds.items()):
             counts = list(accumulate(duration.buckets))
-            bounds = [*(f"{bound:g}" for bound in BUCKETS), "+Inf"]
+            bounds = [*map(floatToGoString, BUCKETS), "+Inf"]
             seconds.add_metric(labels, list(zip(bounds, counts, strict=True)), duration.total)
         yield seconds
         relay = self._server.relay

@@ -42,7 +42,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             async def unary(data: bytes, context: Any) -> Any:
                 try:
                     return encode(await call(_decoded(decode, data), context))
-                except (Exception, SystemExit) as error:  # noqa: BLE001  # the boundary: whatever it is, the caller gets a status
+                except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001  # the boundary: whatever it is, the caller gets a status
                     await _abort(context, method, error)
 
             return grpc.unary_unary_rpc_method_handler(unary)
