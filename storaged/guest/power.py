@@ -189,8 +189,10 @@ class InitPower:
         for point in mounts_to_release(_read("/proc/self/mountinfo"), self.kept):
             if libc.umount2(os.fsencode(point), 0) != 0:
                 reason = os.strerror(ctypes.get_errno())
-                log.warning("%s stays mounted: %s; read-only from here on", point, reason)
-                libc.mount(None, os.fsencode(point), None, ctypes.c_ulong(MS_REMOUNT | MS_RDONLY), None)
+                only_read = (
+                    libc.mount(None, os.fsencode(point), None, ctypes.c_ulong(MS_REMOUNT | MS_RDONLY), None) == 0
+                )
+                log.warning("%s stays mounted, %s: %s", point, "read-only" if only_read else "writable", reason)
         os.sync()
         self.switch()
 
