@@ -221,10 +221,11 @@ def _all_gone(within_s: float) -> bool:
     """Reap until no process but us is left; false when some are after `within_s`."""
     until = time.monotonic() + within_s
     while True:
+        left = _others()
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        if not _others():
+        if not left:
             return True
         if time.monotonic() >= until:
             return False

@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 from hypothesis import given
@@ -71,7 +72,7 @@ class Logind:
         self._log = log
         self._process = subprocess.Popen([sys.executable, HERE / "logind.py", bus, log, answer])
 
-    def __enter__(self) -> Logind:
+    def __enter__(self) -> Self:
         _wait(self._log.exists)
         _wait(lambda: bool(self.asked or self._log.read_text(encoding="ascii")))
         return self

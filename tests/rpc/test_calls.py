@@ -124,7 +124,7 @@ async def test_streams_are_counted_when_they_end(guest: Guest) -> None:
 
 
 async def test_health_and_reflection_are_counted_too(guest: Guest) -> None:
-    stub: health_pb2_grpc.HealthAsyncStub = health_pb2_grpc.HealthStub(guest.channel)
+    stub: Any = health_pb2_grpc.HealthStub(guest.channel)
     answer = await stub.Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     await refused(stub.Check(health_pb2.HealthCheckRequest(service="nobody")))
@@ -133,7 +133,8 @@ async def test_health_and_reflection_are_counted_too(guest: Guest) -> None:
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
     watch.cancel()
     await until(lambda: _true(handled(guest, "Watch", "grpc.health.v1.Health") == {"CANCELLED": 1}))
-    reflect: Any = reflection_pb2_grpc.ServerReflectionStub(guest.channel)
+    channel: Any = guest.channel
+    reflect: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     call = reflect.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     names = [one.name async for answer in call for one in answer.list_services_response.service]
     assert "vm_tools.Maitred" in names
@@ -281,7 +282,7 @@ async def test_while_the_gate_is_shut_nothing_new_begins_and_what_runs_ends(
         guest.storage.Watch(pb.WatchRequest()).read(),
     ):
         assert await refused(call) == (CODE.UNAVAILABLE, "closed for today")
-    stub: health_pb2_grpc.HealthAsyncStub = health_pb2_grpc.HealthStub(guest.channel)
+    stub: Any = health_pb2_grpc.HealthStub(guest.channel)
     await stub.Check(health_pb2.HealthCheckRequest())
     release.set()
     assert await running == 3
@@ -295,7 +296,7 @@ async def test_while_the_gate_is_shut_nothing_new_begins_and_what_runs_ends(
 
 async def _with_id(call: Any) -> str:
     await call
-    return dict(await call.trailing_metadata())["x-request-id"]
+    return str(dict(await call.trailing_metadata())["x-request-id"])
 
 
 async def test_a_call_has_an_identity_in_the_log_and_in_the_answer(
