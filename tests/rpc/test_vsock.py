@@ -10,6 +10,7 @@ import contextlib
 import os
 import resource
 import socket
+import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Self
@@ -39,6 +40,7 @@ class Backend:
         self.path = str(path)
         self.streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self.echo = True
+        self.count = 0
         self._server: asyncio.Server
 
     async def __aenter__(self) -> Self:
@@ -49,10 +51,12 @@ class Backend:
         self._server.close()
         for _reader, writer in self.streams:
             writer.transport.abort()
+        await asyncio.sleep(0.01)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.streams.append((reader, writer))
+        self.count += 1
         if not self.echo:
+            self.streams.append((reader, writer))
             return
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(BUFFER):
@@ -81,7 +85,20 @@ async def enter(relay: Relay, cid: int = HOST) -> tuple[asyncio.StreamReader, as
     """A peer that has just connected."""
     ours, theirs = socket.socketpair()
     relay.adopt(theirs, cid)
-    return await asyncio.open_connection(sock=ours)
+    reader, writer = await asyncio.open_connection(sock=ours)
+    _WRITERS.add(writer)
+    return reader, writer
+
+
+_WRITERS: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
+
+
+@pytest.fixture(autouse=True)
+async def _no_peer_is_left() -> AsyncIterator[None]:
+    yield
+    for writer in _WRITERS:
+        writer.transport.abort()
+    await asyncio.sleep(0.01)
 
 
 async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
@@ -130,7 +147,7 @@ async def test_only_those_who_are_allowed_come_in(relay: Relay, backend: Backend
     reader, writer = await enter(relay, OTHER)
     assert await reader.read() == b""
     assert (relay.dropped["cid"], relay.accepted, relay.open) == (1, 0, 0)
-    assert not backend.streams
+    assert not backend.count
     writer.close()
     relay.config = VsockConfig(cids=(HOST, OTHER))
     reader, writer = await enter(relay, OTHER)
@@ -148,7 +165,7 @@ async def test_who_speaks_something_else_reaches_nobody(relay: Relay, backend: B
         writer.close()
     await until(lambda: relay.open == 0)
     assert relay.dropped["preface"] == 4
-    assert not backend.streams
+    assert not backend.count
 
 
 async def test_a_silent_or_dripping_peer_is_dropped_in_time(relay: Relay, backend: Backend) -> None:
@@ -169,7 +186,7 @@ async def test_a_silent_or_dripping_peer_is_dropped_in_time(relay: Relay, backen
             assert await dripping.read() == b""
     drops.cancel()
     assert relay.dropped["preface"] == 2
-    assert not backend.streams
+    assert not backend.count
     for writer in (silent_writer, dripping_writer):
         writer.close()
 
@@ -257,6 +274,7 @@ async def test_a_backend_that_is_gone_costs_the_peer_its_connection_alone(tmp_pa
 
 
 async def test_a_peer_that_breaks_off_takes_its_backend_with_it(relay: Relay, backend: Backend) -> None:
+    backend.echo = False
     _, writer = await enter(relay)
     await _send(writer, PREFACE)
     await until(lambda: len(backend.streams) == 1)
@@ -274,6 +292,8 @@ async def test_nothing_is_left_of_ten_thousand_connections(relay: Relay) -> None
             await _send(writer, word)
             await reader.read(1)
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     await once(PREFACE)
     descriptors, memory = len(os.listdir("/proc/self/fd")), _resident()
