@@ -40,14 +40,21 @@ class JournalHandler(logging.Handler):
 
     def __init__(self, path: str = JOURNAL) -> None:
         super().__init__()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # A journal that does not read must not stop us: what does not fit into its queue is counted, not waited for.
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._path = path
+        self._lost = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if self._lost:
+                self._socket.sendto(encode(_lost(self._lost)), self._path)
+                self._lost = 0
             self._socket.sendto(encode(record), self._path)
+        except BlockingIOError:
+            self._lost += 1
         except OSError:
-            # The journal is away or full: the line is better on stderr than nowhere.
+            # The journal is away: the line is better on stderr than nowhere.
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
         except Exception:  # noqa: BLE001  # a record that cannot be formatted is the library's to report
@@ -56,6 +63,11 @@ class JournalHandler(logging.Handler):
     def close(self) -> None:
         self._socket.close()
         super().close()
+
+
+def _lost(count: int) -> logging.LogRecord:
+    text = f"{count} lines are lost: the journal did not take them"
+    return logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (), None)
 
 
 def encode(record: logging.LogRecord) -> bytes:
@@ -104,4 +116,6 @@ def setup(level: str) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s:%(request)s %(message)s"))
         handler.addFilter(_WithRequest())
+    for talkative in ("grpc", "asyncio"):
+        logging.getLogger(talkative).setLevel(logging.INFO)
     logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -26,6 +27,9 @@ from storaged.rpc.power import PowerControl
 from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.rpc.vsock import PrivateDirectory, Relay
 from storaged.runtime import StorageService
+
+
+QUIET_S, QUIET_WITHIN_S = 0.03, 0.5
 
 
 def credentials(tls: TlsConfig) -> grpc.ServerCredentials | None:
@@ -152,11 +156,21 @@ class Server:
         if self.relay is not None:
             await self.relay.flushed(within_s)
 
+    async def _quiet(self) -> None:
+        """Returns once no call came for a moment: gRPC cuts off those that it took but has not begun when it stops."""
+        seen, loop = -1, asyncio.get_running_loop()
+        until = loop.time() + QUIET_WITHIN_S
+        while seen != (count := sum(self.calls.started.values())) and loop.time() < until:
+            seen = count
+            await asyncio.sleep(QUIET_S)
+
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, let running ones finish within `grace_s`."""
         if self.relay is not None:
             self.relay.stop_listening()
         await self._health.enter_graceful_shutdown()
+        self.refuse(self._gate.refuse or "storaged is stopping")
+        await self._quiet()
         await self._server.stop(grace_s)
         if self.relay is not None:
             await self.relay.flushed(1.0)
