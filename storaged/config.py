@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, fields
 
 from storaged import tables
@@ -170,6 +169,8 @@ def table_types() -> dict[str, type]:
 
 def load(path: str) -> Settings:
     """The settings in the file at `path`. Raises ConfigError that names the file and the key."""
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             document = tomllib.load(file)

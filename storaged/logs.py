@@ -9,7 +9,6 @@ import re
 import socket
 import struct
 import sys
-import traceback
 import uuid
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -74,6 +73,8 @@ def encode(record: logging.LogRecord) -> bytes:
     """`record` as journald wants it."""
     message = record.getMessage()
     if record.exc_info and record.exc_info[1] is not None:
+        import traceback
+
         message += "\n" + "".join(traceback.format_exception(record.exc_info[1])).rstrip()
     fields: dict[str, str] = {
         "MESSAGE": message,

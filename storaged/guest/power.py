@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -93,6 +92,8 @@ class SystemctlPower:
     """There when systemd is the service manager (sd_booted(3))."""
 
     def check(self) -> None:
+        import shutil
+
         if shutil.which(self.program) is None:
             raise StoragedError(f"{self.program} is not there", Kind.UNSUPPORTED)
         if not os.path.isdir(self.booted):

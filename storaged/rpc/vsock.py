@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import socket
-import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 
@@ -295,6 +293,8 @@ class PrivateDirectory:
     """A directory only we may enter, for a socket between our own parts."""
 
     def __init__(self, parent: str | None = None) -> None:
+        import tempfile
+
         where = parent or os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or None
         if where is None and os.access("/run", os.W_OK):
             where = "/run"
@@ -306,6 +306,8 @@ class PrivateDirectory:
 
     def remove(self) -> None:
         """Take it away with all that is in it."""
+        import shutil
+
         shutil.rmtree(self.path, ignore_errors=True)
 
 
