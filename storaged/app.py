@@ -13,7 +13,7 @@ from storaged import __version__, cmdline
 from storaged.addresses import VsockAddress, parse_address
 from storaged.config import HOST, Settings
 from storaged.core.ports import World
-from storaged.errors import ConfigError
+from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.guest.power import Power, real_power
 from storaged.notify import Notifier
 from storaged.rpc.power import PowerControl
@@ -47,7 +47,10 @@ def real_world(stateful: str, state_dir: str) -> World:
     from storaged.btrfs.system import ProcSysctl, SystemClock
     from storaged.resize.journal import FileJournal
 
-    filesystem = BtrfsFilesystem(stateful)
+    try:
+        filesystem = BtrfsFilesystem(stateful)
+    except OSError as error:
+        raise StoragedError(f"the filesystem at {stateful} cannot be used: {error}", Kind.UNAVAILABLE) from error
     try:
         journal = FileJournal(os.path.join(state_dir, filesystem.uuid))
     except OSError as error:
