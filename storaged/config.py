@@ -76,18 +76,28 @@ class LimitsConfig:
         metadata={"help": "Deadline of a unary call whose caller gave none.", "least": 1.0, "reload": True},
     )
     calls: int = field(
-        default=128,
+        default=64,
         metadata={
             "help": "Unary calls that run at once; one more is answered RESOURCE_EXHAUSTED.",
             "least": 8,
             "most": 65536,
         },
     )
+    calls_per_connection: int = field(
+        default=32,
+        metadata={
+            "help": "Calls and streams of one connection at once; more wait at the caller.",
+            "least": 4,
+            "most": 4096,
+        },
+    )
     streams: int = field(
         default=32,
         metadata={"help": "Streams (Watch) that are open at once; the same beyond.", "least": 1, "most": 65536},
     )
-    message_bytes: int = field(default=MIB, metadata={"help": "Largest request.", "least": 64 * KIB, "most": 64 * MIB})
+    message_bytes: int = field(
+        default=256 * KIB, metadata={"help": "Largest request.", "least": 64 * KIB, "most": 64 * MIB}
+    )
     handshake_s: float = field(
         default=10.0, metadata={"help": "A new connection must have begun HTTP/2 (and TLS) within this.", "least": 0.1}
     )
@@ -114,7 +124,7 @@ class VsockConfig:
         default=64, metadata={"help": "Connections held at once.", "least": 1, "most": 4096, "reload": True}
     )
     connections_per_cid: int = field(
-        default=32, metadata={"help": "The same for one context id.", "least": 1, "most": 4096, "reload": True}
+        default=16, metadata={"help": "The same for one context id.", "least": 1, "most": 4096, "reload": True}
     )
     preface_s: float = field(
         default=5.0,

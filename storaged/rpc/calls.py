@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from storaged.config import LimitsConfig
+from storaged.errors import InvalidRequest
 from storaged.logs import REQUEST_ID, RPC_METHOD, request_id
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ COUNTED_FROM_START = (
     "GetAvailableSpace",
 )
 ID_HEADER = "x-request-id"
+Requests = AsyncIterator[Any]
 Labels = tuple[str, str, str]
 """grpc_type, grpc_service, grpc_method."""
 UNKNOWN: Labels = ("unary", "unknown", "unknown")
@@ -75,7 +77,11 @@ class Calls:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """The outermost layer of every call."""
+    """The outermost layer of every call.
+
+    To gRPC every method takes a stream, of which we read one request: on the wire that is the same, and so a call is
+    let in, and its time begins, before memory is spent on what it sends, however slowly.
+    """
 
     def __init__(self, limits: LimitsConfig, calls: Calls) -> None:
         self.limits = limits
@@ -101,12 +107,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         }
         if handler.unary_unary is not None:
             run = self._unary(handler.unary_unary, method, ("unary", service, name))
-            return grpc.unary_unary_rpc_method_handler(run, **codec)
+            return grpc.stream_unary_rpc_method_handler(run, **codec)
         if handler.unary_stream is not None:
-            stream = self._streaming(handler.unary_stream, method, ("server_stream", service, name))
-            return grpc.unary_stream_rpc_method_handler(stream, **codec)
+            stream = self._streaming(handler.unary_stream, method, ("server_stream", service, name), _only)
+            return grpc.stream_stream_rpc_method_handler(stream, **codec)
         if handler.stream_stream is not None:
-            stream = self._streaming(handler.stream_stream, method, ("bidi_stream", service, name))
+            stream = self._streaming(handler.stream_stream, method, ("bidi_stream", service, name), _all)
             return grpc.stream_stream_rpc_method_handler(stream, **codec)
         return handler  # nothing here takes a stream and answers once
 
@@ -147,14 +153,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await context.abort(grpc.StatusCode.UNAVAILABLE, self.refuse)
 
     def _unary(self, call: Callable[..., Awaitable[Any]], method: str, labels: Labels) -> Callable[..., Any]:
-        async def run(request: Any, context: Any) -> Any:
+        async def run(requests: Requests, context: Any) -> Any:
             with self._counted(labels, method, context):
                 await self._enter(context, method, "unary", self.limits.calls)
                 limit = self.limits.call_s if context.time_remaining() is None else None
                 watch = asyncio.timeout(limit)
                 try:
                     async with watch:
-                        return await call(request, context)
+                        return await call(await _only(requests), context)
                 except TimeoutError:
                     if not watch.expired():
                         raise
@@ -163,19 +169,32 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return run
 
-    def _streaming(self, call: Callable[..., Any], method: str, labels: Labels) -> Callable[..., Any]:
-        async def answers(request: Any, context: Any) -> AsyncIterator[Any]:
+    def _streaming(
+        self, call: Callable[..., Any], method: str, labels: Labels, what: Callable[[Requests], Awaitable[Any]]
+    ) -> Callable[..., Any]:
+        async def answers(requests: Requests, context: Any) -> AsyncIterator[Any]:
             with self._counted(labels, method, context):
                 await self._enter(context, method, "stream", self.limits.streams)
-                async for answer in call(request, context):
+                async for answer in call(await what(requests), context):
                     yield answer
 
-        async def writes(request: Any, context: Any) -> None:
+        async def writes(requests: Requests, context: Any) -> None:
             with self._counted(labels, method, context):
                 await self._enter(context, method, "stream", self.limits.streams)
-                await call(request, context)
+                await call(await what(requests), context)
 
         return answers if inspect.isasyncgenfunction(call) else writes
+
+
+async def _only(requests: Requests) -> Any:
+    """The request of a call that has one."""
+    async for request in requests:
+        return request
+    raise InvalidRequest("the request is missing")
+
+
+async def _all(requests: Requests) -> Requests:
+    return requests
 
 
 def _code(context: Any, otherwise: str = "OK") -> str:

@@ -28,7 +28,6 @@ from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_p
 from storaged.rpc.vsock import PrivateDirectory, Relay
 from storaged.runtime import StorageService
 
-
 QUIET_S, QUIET_WITHIN_S = 0.03, 0.5
 
 
@@ -69,7 +68,8 @@ class Server:
             options=[
                 ("grpc.so_reuseport", 0),  # a second daemon on our port is an error, not a share of the calls
                 ("grpc.max_receive_message_length", limits.message_bytes),
-                ("grpc.max_concurrent_streams", streams),
+                ("grpc.max_concurrent_streams", limits.calls_per_connection),
+                ("grpc.http2.bdp_probe", 0),  # or the windows grow to megabytes for each stream that waits
                 ("grpc.max_metadata_size", 16 << 10),
                 ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
                 ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1000)),

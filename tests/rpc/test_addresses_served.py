@@ -18,7 +18,7 @@ import trustme
 
 from storaged.addresses import TcpAddress, UnixAddress, VsockAddress
 from storaged.config import NotifyConfig, TlsConfig
-from storaged.errors import ConfigError, StoragedError
+from storaged.errors import ConfigError
 from storaged.rpc import ready
 from storaged.rpc.proto import common_pb2, vm_guest_pb2_grpc, vm_host_pb2_grpc
 from storaged.rpc.ready import tell_host
