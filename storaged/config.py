@@ -76,9 +76,9 @@ class LimitsConfig:
         metadata={"help": "Deadline of a unary call whose caller gave none.", "least": 1.0, "reload": True},
     )
     calls: int = field(
-        default=64,
+        default=1024,
         metadata={
-            "help": "Unary calls that run at once; one more is answered RESOURCE_EXHAUSTED.",
+            "help": "Unary calls that run at once; one more is answered RESOURCE_EXHAUSTED. More than one vsock peer may have.",
             "least": 8,
             "most": 65536,
         },
@@ -165,6 +165,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_storage(self.storage)
+        if self.vsock.connections_per_cid * self.limits.calls_per_connection >= self.limits.calls:
+            raise ConfigError(
+                "limits.calls must be more than vsock.connections_per_cid times limits.calls_per_connection:"
+                " one peer must not take the place of all"
+            )
         if self.vsock.idle_s <= self.limits.keepalive_s:
             raise ConfigError(
                 "vsock.idle_s must be longer than limits.keepalive_s: silent connections are kept by pings"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
+import datetime as dt
 import ipaddress
 import os
 import socket
@@ -71,7 +71,7 @@ async def test_over_tcp_only_clients_with_a_certificate_of_ours_are_served(
     assert isinstance(bound, TcpAddress)
     assert bound.port
     target = f"127.0.0.1:{bound.port}"
-    long_ago = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    long_ago = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
     wanted = {
         "ours": (_client(authority, authority.issue_cert("client")), grpc.StatusCode.OK),
         "none": (_client(authority, None), grpc.StatusCode.UNAVAILABLE),
