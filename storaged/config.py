@@ -76,15 +76,15 @@ class LimitsConfig:
         metadata={"help": "Deadline of a unary call whose caller gave none.", "least": 1.0, "reload": True},
     )
     calls: int = field(
-        default=1024,
+        default=512,
         metadata={
-            "help": "Unary calls that run at once; one more is answered RESOURCE_EXHAUSTED. More than one vsock peer may have.",
+            "help": "Unary calls that run at once, more than one vsock peer may have; beyond: RESOURCE_EXHAUSTED.",
             "least": 8,
             "most": 65536,
         },
     )
     calls_per_connection: int = field(
-        default=32,
+        default=16,
         metadata={
             "help": "Calls and streams of one connection at once; more wait at the caller.",
             "least": 4,

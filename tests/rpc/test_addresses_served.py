@@ -41,7 +41,8 @@ def tls(authority: trustme.CA, tmp_path: Path) -> TlsConfig:
     files = {"certificate": leaf.cert_chain_pems[0], "key": leaf.private_key_pem, "ca": authority.cert_pem}
     for name, blob in files.items():
         blob.write_to_path(str(tmp_path / name))
-    return TlsConfig(*(str(tmp_path / name) for name in files))
+    certificate, key, ca = (str(tmp_path / name) for name in files)
+    return TlsConfig(certificate, key, ca)
 
 
 async def _answer(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode:
@@ -145,7 +146,7 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.address = UnixAddress(str(path))
-        self.listener = Listener()
+        self.listener = Listener()  # type: ignore[abstract]  # the other method answers UNIMPLEMENTED
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:

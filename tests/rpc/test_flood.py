@@ -27,8 +27,8 @@ from tests.rpc.conftest import EMPTY
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS, VSOCK = LimitsConfig(), VsockConfig()
-MOST_GROWTH = VSOCK.connections_per_cid * LIMITS.calls_per_connection * LIMITS.message_bytes
-"""Of the daemon's memory, whatever one context id does: 128 MiB."""
+MOST_GROWTH = 2 * VSOCK.connections_per_cid * LIMITS.calls_per_connection * LIMITS.message_bytes
+"""Of the daemon's memory, whatever one context id does: 128 MiB. Twice: gRPC's buffer, and the message made from it."""
 
 
 class Daemon:
@@ -100,7 +100,7 @@ class Host:
         """Bytes the daemon grew by at worst; says so, with the host's slowest answer."""
         grown = self.most_memory - self.before[0]
         slowest = max(self.seconds)
-        print(
+        print(  # noqa: T201  # the figures; pytest -s shows them
             f"{name}: +{grown / MIB:.1f} MiB, {len(self.seconds)} answers to the host, slowest {slowest * 1e3:.0f} ms"
         )
         return grown
@@ -163,7 +163,7 @@ async def test_calls_without_end_and_as_large_as_they_may_be(daemon: Daemon) -> 
 
     async with Host(daemon) as host:
         for _ in range(3):
-            calls = [channel.unary_unary("/vm_tools.Maitred/GetResizeBounds") for channel in channels]
+            calls: list[Any] = [channel.unary_unary("/vm_tools.Maitred/GetResizeBounds") for channel in channels]
             await asyncio.gather(*(one(call) for call in calls for _ in range(40)))
         assert sum(ends.values()) == 24 * 40 * 3
         assert set(ends) <= {"OK", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}, ends
@@ -177,11 +177,8 @@ async def test_watchers_that_never_read(daemon: Daemon) -> None:
     channels = _channels(daemon, 16)
     request = storaged_v1_pb2.WatchRequest(min_interval_s=0.2).SerializeToString()
     async with Host(daemon) as host:
-        watches = [
-            channel.unary_stream("/storaged.v1.Storage/Watch")(request, timeout=20)
-            for channel in channels
-            for _ in range(20)
-        ]
+        calls: list[Any] = [channel.unary_stream("/storaged.v1.Storage/Watch") for channel in channels]
+        watches = [call(request, timeout=20) for call in calls for _ in range(12)]
         ends: Counter[str] = Counter()
 
         async def first(watch: Any) -> None:
@@ -195,7 +192,7 @@ async def test_watchers_that_never_read(daemon: Daemon) -> None:
         assert ends["served"] == LIMITS.streams
         assert ends["RESOURCE_EXHAUSTED"] == len(watches) - ends["served"]
         await asyncio.sleep(1)
-        assert host.report("320 watchers that never read") < 16 * MIB
+        assert host.report("192 watchers that never read") < 16 * MIB
         for watch in watches:
             watch.cancel()
     for channel in channels:
