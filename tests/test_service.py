@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import grpc
 import pytest
 
+from storaged import app, cmdline
+from storaged.config import ServeConfig, Settings
 from storaged.notify import Notifier
-from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
+from storaged.rpc import ready
+from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc, vm_host_pb2_grpc
 from storaged.units import GIB
 
 EMPTY = common_pb2.EmptyMessage()
@@ -224,6 +228,53 @@ def test_sighup_without_a_file_ends_nothing(tmp_path: Path, manager: Manager) ->
         daemon.process.send_signal(signal.SIGHUP)
         daemon.says("no configuration file to read again")
         assert daemon.end() == 0
+
+
+class Listener(vm_host_pb2_grpc.StartupListenerServicer):
+    """A host that asks the guest something as soon as it hears of it."""
+
+    def __init__(self, guest: Path) -> None:
+        self.guest = guest
+        self.sizes: list[int] = []
+
+    def VmReady(self, request: common_pb2.EmptyMessage, context: Any) -> common_pb2.EmptyMessage:  # noqa: N802
+        with grpc.insecure_channel(f"unix:{self.guest}") as channel:
+            self.sizes.append(vm_guest_pb2_grpc.MaitredStub(channel).GetResizeStatus(EMPTY, timeout=5).current_size)
+        return EMPTY
+
+
+def test_the_host_is_told_when_it_can_be_answered(tmp_path: Path) -> None:
+    listener = Listener(tmp_path / "s")  # type: ignore[abstract]  # the other method answers UNIMPLEMENTED
+    host = grpc.server(ThreadPoolExecutor(2))
+    vm_host_pb2_grpc.add_StartupListenerServicer_to_server(listener, host)
+    host.add_insecure_port(f"unix:{tmp_path}/host")
+    host.start()
+    try:
+        with Daemon(tmp_path, None, "--notify-host", f"unix:{tmp_path}/host") as daemon:
+            daemon.says("knows that we serve (attempt 1)")
+            assert listener.sizes == [8 * GIB]
+            assert daemon.end() == 0
+    finally:
+        host.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    ("notify_host", "port", "told"),
+    [("host", 7777, "vsock:2:7777"), ("host", 1234, "vsock:2:1234"), ("vsock:2:9", 1234, "vsock:2:9")],
+)
+async def test_the_kernel_s_command_line_names_the_host_s_port(
+    monkeypatch: pytest.MonkeyPatch, notify_host: str, port: int, told: str
+) -> None:
+    asked: list[str] = []
+
+    async def tell(address: object, _config: object) -> bool:
+        asked.append(str(address))
+        return True
+
+    monkeypatch.setattr(ready, "tell_host", tell)
+    monkeypatch.setattr(cmdline, "read", lambda: cmdline.KernelOptions(listen_port=port))
+    await app._tell_host(Settings(serve=ServeConfig(notify_host=notify_host)))
+    assert asked == [told]
 
 
 def test_shutdown_of_a_simulated_guest_ends_the_daemon_and_leaves_the_machine(tmp_path: Path, manager: Manager) -> None:

@@ -5,6 +5,7 @@ It shares the kernel: a test must never report LOW or CRITICAL in it, which woul
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -177,6 +178,9 @@ class Machine:
             _run("umount", str(where))
         if self._loop:
             _run("losetup", "-d", self._loop)
+        for name in ("propagate", "locks", ""):
+            with contextlib.suppress(OSError):  # others have machines too
+                os.rmdir(f"/run/systemd/nspawn/{name}")
 
 
 def _run(*command: str) -> str:
