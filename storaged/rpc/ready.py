@@ -12,7 +12,7 @@ import grpc.aio
 from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
 from storaged.config import NotifyConfig
 from storaged.rpc.proto import common_pb2, vm_host_pb2_grpc
-from storaged.rpc.vsock import PrivateDirectory, serve_outward, to_vsock
+from storaged.rpc.vsock import Outward, PrivateDirectory, to_vsock
 
 log = logging.getLogger(__name__)
 
@@ -21,18 +21,19 @@ async def tell_host(address: Address, config: NotifyConfig | None = None) -> boo
     """VmReady, again until the host answers or it has been tried for long enough; true when it answered."""
     config = config or NotifyConfig()
     private: PrivateDirectory | None = None
-    way = None
+    way: Outward | None = None
     try:
         if isinstance(address, VsockAddress):
             private = PrivateDirectory()
-            way = await serve_outward(to_vsock(address), private.socket("out"))
+            way = Outward(to_vsock(address))
+            await way.start(private.socket("out"))
             target = f"unix:{private.socket('out')}"
         else:
             target = _target(address)
         return await _tell(target, address, config)
     finally:
         if way is not None:
-            way.close()
+            await way.close()
         if private is not None:
             private.remove()
 

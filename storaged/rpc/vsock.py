@@ -329,29 +329,48 @@ def to_vsock(address: VsockAddress) -> Connect:
     return connect
 
 
-async def serve_outward(connect: Connect, path: str) -> asyncio.Server:
-    """Serve the unix socket `path`, each of whose connections goes out by `connect`: for a gRPC client."""
+class Outward:
+    """A unix socket whose connections go out by `connect`: for a gRPC client."""
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._server: asyncio.Server | None = None
+        self._carrying: set[asyncio.Task[None]] = set()
+
+    async def start(self, path: str) -> None:
+        """Serve `path`."""
+        self._server = await asyncio.start_unix_server(self._begin, path, limit=BUFFER)
+
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._carry(reader, writer))
+        self._carrying.add(task)
+        task.add_done_callback(self._carrying.discard)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far: asyncio.StreamWriter | None = None
         try:
-            far_reader, far_writer = await asyncio.open_connection(sock=await connect(), limit=BUFFER)
+            far_reader, far = await asyncio.open_connection(sock=await self._connect(), limit=BUFFER)
+            await asyncio.gather(_pump(reader, far), _pump(far_reader, writer))
         except OSError as error:
             log.debug("no way out: %s", error)
-            writer.close()
-            return
-        await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+        finally:
+            for one in (writer, far):
+                if one is not None:
+                    one.close()
 
-    return await asyncio.start_unix_server(carry, path, limit=BUFFER)
+    async def close(self) -> None:
+        """End everything."""
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._carrying):
+            task.cancel()
+        await asyncio.gather(*self._carrying, return_exceptions=True)
+        await asyncio.sleep(0)  # transports close in the loop's next round
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(BUFFER):
-            writer.write(data)
-            await writer.drain()
-        if writer.can_write_eof():
-            writer.write_eof()
-    except OSError:
-        pass
-    finally:
-        writer.close()
+    while data := await reader.read(BUFFER):
+        writer.write(data)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()

@@ -25,7 +25,7 @@ from storaged.config import LimitsConfig, VsockConfig
 from storaged.errors import StoragedError
 from storaged.rpc.proto import vm_guest_pb2_grpc
 from storaged.rpc.server import Server
-from storaged.rpc.vsock import BUFFER, PREFACE, PrivateDirectory, Relay, serve_outward
+from storaged.rpc.vsock import BUFFER, PREFACE, Outward, PrivateDirectory, Relay
 from tests.rpc.conftest import EMPTY, Guest
 
 HOST, OTHER = 2, 7
@@ -421,11 +421,13 @@ async def test_outward_a_client_finds_the_far_side(guest: Guest, tmp_path: Path)
         await asyncio.get_running_loop().sock_connect(one, guest.path)
         return one
 
-    way = await serve_outward(connect, str(tmp_path / "out"))
+    way = Outward(connect)
+    await way.start(str(tmp_path / "out"))
     async with grpc.aio.insecure_channel(f"unix:{tmp_path / 'out'}") as channel:
         stub: vm_guest_pb2_grpc.MaitredAsyncStub = vm_guest_pb2_grpc.MaitredStub(channel)
         assert (await stub.GetResizeStatus(EMPTY, timeout=5)).current_size
-    way.close()
+    await way.close()
+    assert not way._carrying
 
 
 def test_the_private_directory_is_ours_alone(tmp_path: Path) -> None:
