@@ -11,8 +11,8 @@ import grpc.aio
 
 from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
 from storaged.config import NotifyConfig
+from storaged.rpc.outward import Outward, PrivateDirectory, to_vsock
 from storaged.rpc.proto import common_pb2, vm_host_pb2_grpc
-from storaged.rpc.vsock import Outward, PrivateDirectory, to_vsock
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,10 @@ from storaged.rpc.calls import CallInterceptor, Calls
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.maitred import Maitred
+from storaged.rpc.outward import PrivateDirectory
 from storaged.rpc.power import PowerControl
 from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
-from storaged.rpc.vsock import PrivateDirectory, Relay
+from storaged.rpc.vsock import Relay
 from storaged.runtime import StorageService
 
 QUIET_S, QUIET_WITHIN_S = 0.03, 0.5

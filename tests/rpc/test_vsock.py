@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from storaged.addresses import ANY_CID, VsockAddress
 from storaged.config import LimitsConfig, VsockConfig
 from storaged.errors import StoragedError
+from storaged.rpc.outward import Outward, PrivateDirectory
 from storaged.rpc.proto import vm_guest_pb2_grpc
 from storaged.rpc.server import Server
-from storaged.rpc.vsock import BUFFER, PREFACE, Outward, PrivateDirectory, Relay
+from storaged.rpc.vsock import BUFFER, PREFACE, Relay
 from tests.rpc.conftest import EMPTY, Guest
 
 HOST, OTHER = 2, 7
@@ -285,7 +286,7 @@ async def test_a_peer_that_breaks_off_takes_its_backend_with_it(relay: Relay, ba
         await inside.read()
 
 
-async def test_nothing_is_left_of_ten_thousand_connections(relay: Relay) -> None:
+async def test_nothing_is_left_of_thousands_of_connections(relay: Relay) -> None:
     async def once(word: bytes) -> None:
         reader, writer = await enter(relay)
         with contextlib.suppress(ConnectionError):
@@ -297,13 +298,13 @@ async def test_nothing_is_left_of_ten_thousand_connections(relay: Relay) -> None
 
     await once(PREFACE)
     descriptors, memory = len(os.listdir("/proc/self/fd")), _resident()
-    for _ in range(2500):
+    for _ in range(500):
         await asyncio.gather(once(b"x"), once(b"PRI"[:2] + b"!"), once(PREFACE), once(PREFACE + b"y"))
     await until(lambda: relay.open == 0)
     await asyncio.sleep(0.05)
     assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
     assert _resident() - memory < 8 << 20
-    assert relay.accepted == 10_001
+    assert relay.accepted == 2_001
 
 
 def _resident() -> int:
