@@ -2,6 +2,8 @@
 
 For every layout: the promise is kept, the filesystem is never forced read-only, it takes writes afterwards up to what
 statvfs shows, no file is damaged, `btrfs check` is clean. Run `python -m lab.gate FIRST COUNT` for a table.
+
+Where the filesystem is small, every deeper cut is tried on a copy too: what the kernel could have done, by luck or not.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from storaged.errors import FilesystemError
 from storaged.resize.bounds import Bounds, compute
 from storaged.resize.job import Job
 from storaged.resize.runner import ResizeRunner
-from storaged.units import MIB
+from storaged.units import GIB, MIB
+
+BRUTE_FORCE_UP_TO = GIB
+BRUTE_FORCE_CUTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class Verdict:
     bound: int
     guaranteed: int
     min_dev_size: int
+    reached: int
+    brute_force: int | None
     moved: int
     seconds: float
     bounds_seconds: float
@@ -78,13 +85,14 @@ def judge(plan: Recipe, directory: Path) -> Verdict:  # noqa: PLR0915  # one sto
         begun = time.monotonic()
         bounds: Bounds = compute(engine.layout(), engine.longest())
         took = time.monotonic() - begun
+        brute = _brute_force(guest, engine, bounds.minimum) if plan.size <= BRUTE_FORCE_UP_TO else None
         job = Job("gate", bounds.minimum, plan.size, plan.size)
         begun = time.monotonic()
         ResizeRunner(filesystem, resizer, engine, SystemClock()).run(job, tell, settle)
         seconds = time.monotonic() - begun
-        end = told[0]
-        if end.outcome is not ev.Outcome.SUCCEEDED or filesystem.size() != bounds.minimum:
-            faults.append(f"promised {bounds.minimum}, reached {filesystem.size()}: {end.reason}")
+        end, reached = told[0], filesystem.size()
+        if end.outcome is not ev.Outcome.SUCCEEDED or reached != bounds.minimum:
+            faults.append(f"promised {bounds.minimum}, reached {reached}: {end.reason}")
         if filesystem.read_only():
             faults.append("forced read-only")
         else:
@@ -104,7 +112,44 @@ def judge(plan: Recipe, directory: Path) -> Verdict:  # noqa: PLR0915  # one sto
     except RuntimeError as error:
         faults.append(f"btrfs check: {str(error)[-200:]}")
     guest.close()
-    return Verdict(plan, used, bounds.minimum, bounds.guaranteed, least, end.moved, seconds, took, tuple(faults))
+    return Verdict(
+        plan, used, bounds.minimum, bounds.guaranteed, least, reached, brute, end.moved, seconds, took, tuple(faults)
+    )
+
+
+def _brute_force(guest: Guest, engine: BalloonEngine, bound: int) -> int:
+    """The smallest size that one resize of a copy comes to, of the deepest cuts below `bound`; `bound` if none does.
+
+    The balloon is let go first, as before a shrink. That an attempt may force the copy read-only is why only copies
+    are asked.
+    """
+    tops = sorted({chunk.top for chunk in engine.layout().chunks if 256 * MIB < chunk.top < bound})
+    for top in (256 * MIB, *tops)[:BRUTE_FORCE_CUTS]:
+        if top >= bound:
+            break
+        copy = Guest.__new__(Guest)
+        copy.image, copy.mountpoint = guest.image.with_name("copy.img"), guest.image.with_name("copy")
+        copy.mount_options, copy.device = guest.mount_options, ""
+        run("sync", "-f", guest.mountpoint)
+        run("cp", "--sparse=always", guest.image, copy.image)
+        copy.mountpoint.mkdir(exist_ok=True)
+        copy.attach()
+        try:
+            # A copy has the original's identifier, and the kernel mounts only one of the two.
+            run("btrfstune", "-f", "-u", copy.device)
+            copy.mount()
+            balloon = BtrfsBalloonFile(str(copy.mountpoint))
+            balloon.remove()
+            balloon.close()
+            run("btrfs", "filesystem", "sync", copy.mountpoint)
+            run("btrfs", "filesystem", "resize", str(top), copy.mountpoint)
+        except RuntimeError:
+            continue
+        else:
+            return top
+        finally:
+            copy.close()
+    return bound
 
 
 def _false_enospc(guest: Guest, filesystem: BtrfsFilesystem) -> list[str]:
@@ -125,12 +170,22 @@ def summary(verdicts: Iterable[Verdict]) -> str:
     lines = [f"layouts {len(seen)}, failed {len(failed)}"]
     for name, ratios in (
         ("bound / used", [v.bound / v.used for v in seen]),
+        ("reached / used", [v.reached / v.used for v in seen]),
+        ("reached / min-dev-size", [v.reached / v.min_dev_size for v in seen]),
         ("bound / min-dev-size", [v.bound / v.min_dev_size for v in seen]),
         ("guaranteed / min-dev-size", [v.guaranteed / v.min_dev_size for v in seen]),
     ):
         ordered = sorted(ratios)
         p90 = ordered[min(len(ordered) * 9 // 10, len(ordered) - 1)]
         lines.append(f"{name}: median {statistics.median(ordered):.2f}, p90 {p90:.2f}, worst {ordered[-1]:.2f}")
+    tried = [verdict for verdict in seen if verdict.brute_force is not None]
+    if tried:
+        ratios = [verdict.bound / (verdict.brute_force or verdict.bound) for verdict in tried]
+        as_deep = sum(ratio <= 1 for ratio in ratios)
+        lines.append(
+            f"bound / brute force: median {statistics.median(ratios):.2f}, worst {max(ratios):.2f};"
+            f" nothing deeper worked on {as_deep} of {len(tried)}"
+        )
     lines += [f"  {verdict.plan}: {'; '.join(verdict.faults)}" for verdict in failed]
     return "\n".join(lines)
 
@@ -145,6 +200,7 @@ def main(first: int, count: int) -> int:
         print(
             f"{verdict.plan}: used {verdict.used // MIB} bound {verdict.bound // MIB}"
             f" guaranteed {verdict.guaranteed // MIB} min-dev-size {verdict.min_dev_size // MIB}"
+            f" brute force {'-' if verdict.brute_force is None else verdict.brute_force // MIB}"
             f" moved {verdict.moved // MIB} in {verdict.seconds:.2f} s (bounds {verdict.bounds_seconds * 1e3:.0f} ms)"
             f" {'FAILED ' + '; '.join(verdict.faults) if verdict.faults else 'ok'}",
             flush=True,

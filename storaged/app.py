@@ -8,13 +8,17 @@ import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from storaged import __version__, cmdline
 from storaged.addresses import VsockAddress, parse_address
 from storaged.config import HOST, Settings
 from storaged.core.ports import World
 from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.guest.clock import Clock, KernelClock
+from storaged.guest.network import Network
 from storaged.guest.power import Power, real_power
+from storaged.guest.resolv import Resolv, ResolvFile
 from storaged.notify import Notifier
 from storaged.rpc.power import PowerControl
 from storaged.rpc.server import Server
@@ -25,6 +29,13 @@ from storaged.units import GIB, format_size
 log = logging.getLogger("storaged")
 HOST_CID = 2
 """VMADDR_CID_HOST (vsock(7))."""
+
+
+class _Guest(TypedDict, total=False):
+    network: Network
+    resolv: Resolv
+    clock: Clock
+    power: Power
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +86,32 @@ def sim_world(options: Options) -> World:
     return replace(make_world(disk, clock=SystemClock()), poll_s=0.1)
 
 
+def real_guest(settings: Settings | None = None) -> tuple[Network, Resolv, Clock]:
+    """The guest modules of this machine."""
+    from storaged.guest.kernel_network import KernelNetwork
+    from storaged.guest.zones import ZoneFiles
+
+    settings = settings or Settings()
+    network = Network(KernelNetwork(timeout_s=settings.network.timeout_s), settings.network)
+    resolv = Resolv(ResolvFile(settings.resolv.path), settings.resolv)
+    return network, resolv, Clock(KernelClock(), ZoneFiles(settings.clock))
+
+
+def sim_guest() -> tuple[Network, Resolv, Clock]:
+    """The same in memory: this machine is not touched."""
+    from storaged.sim.clock import SimWallClock, SimZones
+    from storaged.sim.network import SimNetwork, SimResolv
+
+    return Network(SimNetwork()), Resolv(SimResolv()), Clock(SimWallClock(), SimZones())
+
+
 async def serve(options: Options) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises StoragedError when it cannot start."""
     settings = options.settings
     addresses = [parse_address(text) for text in settings.serve.listen]
     world = sim_world(options) if options.sim else real_world(settings.serve.stateful, settings.serve.state_dir)
     storage = StorageService(world, settings.storage)
-    server = Server(storage, power=_power(options), limits=settings.limits, vsock=settings.vsock)
+    server = Server(storage, **_guest(options), limits=settings.limits, vsock=settings.vsock)
     notifier = Notifier()
     service = ManagedService(storage, server, notifier, settings, options.reread)
     stopping = asyncio.Event()
@@ -124,10 +154,16 @@ async def serve(options: Options) -> None:
         server.power.power_off()
 
 
-def _power(options: Options) -> Power | None:
-    """The switch that Shutdown has; a simulated guest has a simulated one."""
+def _guest(options: Options) -> _Guest:
+    """The guest modules that the server gets; a simulated guest has simulated ones."""
     if options.settings.serve.only_storage:
-        return None
+        return {}
+    network, resolv, clock = sim_guest() if options.sim else real_guest(options.settings)
+    return {"network": network, "resolv": resolv, "clock": clock, "power": _power(options)}
+
+
+def _power(options: Options) -> Power:
+    """The switch that Shutdown has."""
     if options.sim:
         from storaged.sim.power import SimPower
 

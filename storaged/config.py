@@ -8,6 +8,9 @@ from storaged import tables
 from storaged.addresses import ANY_CID, TcpAddress, parse_address
 from storaged.core.model import Config
 from storaged.errors import ConfigError
+from storaged.guest.clock import ClockSettings
+from storaged.guest.network import NetworkSettings
+from storaged.guest.resolv import ResolvSettings
 from storaged.units import KIB, MIB, format_size
 
 HOST = "host"
@@ -162,6 +165,9 @@ class Settings:
     vsock: VsockConfig = field(default_factory=VsockConfig)
     notify: NotifyConfig = field(default_factory=NotifyConfig)
     storage: Config = field(default_factory=Config)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    resolv: ResolvSettings = field(default_factory=ResolvSettings)
+    clock: ClockSettings = field(default_factory=ClockSettings)
 
     def __post_init__(self) -> None:
         check_storage(self.storage)

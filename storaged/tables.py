@@ -86,7 +86,7 @@ def _key(item: Field[Any], hint: Any) -> Key:
         default = item.default_factory()
     return Key(
         name=item.name,
-        help=said.get("help", ""),
+        help=_sentence(said.get("help", "")),
         unit=unit,
         kind=kind,
         default=default,
@@ -98,6 +98,10 @@ def _key(item: Field[Any], hint: Any) -> Key:
         choices=tuple(said.get("choices", ())),
         reload=bool(said.get("reload")),
     )
+
+
+def _sentence(text: str) -> str:
+    return text and f"{text[0].upper()}{text[1:].rstrip('.')}."
 
 
 def read(table: type[Table], document: object, name: str) -> Table:

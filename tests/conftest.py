@@ -31,7 +31,18 @@ def why_no_btrfs() -> str:
     return ""
 
 
+@cache
+def why_no_namespaces() -> str:
+    """Why tests in namespaces of their own cannot run here; empty when they can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    missing = [tool for tool in ("unshare", "nsenter", "ip", "setpriv") if shutil.which(tool) is None]
+    return f"needs {', '.join(missing)}" if missing else ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("root") and (reason := why_no_namespaces()):
+            item.add_marker(pytest.mark.skip(reason=f"root: {reason}"))
         if item.get_closest_marker("btrfs") and (reason := why_no_btrfs()):
             item.add_marker(pytest.mark.skip(reason=f"btrfs: {reason}"))

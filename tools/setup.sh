@@ -81,7 +81,7 @@ find_python() {
 
 # ---- system packages ---------------------------------------------------------------------------------------
 
-packages=(gcc libc6-dev libbtrfsutil-dev libudev1 udev btrfs-progs e2fsprogs mount util-linux kmod make)
+packages=(gcc libc6-dev libbtrfsutil-dev libudev1 udev btrfs-progs e2fsprogs iproute2 mount util-linux kmod make)
 if ! find_python "$fit" >/dev/null; then packages+=(python3-venv python3-dev); fi
 
 if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then

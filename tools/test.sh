@@ -30,6 +30,6 @@ part() {
 }
 
 part "without a real filesystem" "not btrfs$and_not_slow" -n "${JOBS:-2}" "$@"
-part "on btrfs, one at a time" "btrfs$and_not_slow" "$@"
+part "on btrfs, one at a time" "btrfs$and_not_slow" ${LONG:+-rP} "$@"
 if [[ -z ${LONG:-} ]]; then echo "test: left out the slow tests; \`make test-long\` runs them"; fi
 exit "$failed"

@@ -163,11 +163,11 @@ class Config:
     )
     low_dirty: int = field(
         default=64 * MIB,
-        metadata={"help": "vm.dirty_bytes at LOW.", "unit": "bytes", "least": MIB, "reload": True},
+        metadata={"help": "The kernel's vm.dirty_bytes at LOW.", "unit": "bytes", "least": MIB, "reload": True},
     )
     critical_dirty: int = field(
         default=8 * MIB,
-        metadata={"help": "vm.dirty_bytes at CRITICAL.", "unit": "bytes", "least": MIB, "reload": True},
+        metadata={"help": "The kernel's vm.dirty_bytes at CRITICAL.", "unit": "bytes", "least": MIB, "reload": True},
     )
     minimum_filesystem: int = field(default=256 * MIB, metadata={"fixed": True})
     """The kernel refuses to resize below this (fs/btrfs/ioctl.c, btrfs_ioctl_resize)."""

@@ -50,8 +50,8 @@ def fit(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], longe
         size = sector_ceil(size + missing)
     if not reason:
         return min(size, layout.size), ""
-    if moving and size < moving[-1].top and not obstacle(layout, moving, staying, size, longest):
-        return size, reason
+    if not moving or (size < moving[-1].top and not obstacle(layout, moving, staying, size, longest)):
+        return min(size, layout.size), reason
     return layout.size, reason
 
 

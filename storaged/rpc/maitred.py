@@ -7,19 +7,42 @@ from typing import Any, TypeVar
 
 from storaged.core.model import Told
 from storaged.errors import InvalidRequest, Unsupported
+from storaged.guest.clock import Clock
+from storaged.guest.network import Network
+from storaged.guest.resolv import Resolv
+from storaged.rpc.decode_network import ipv4_config
 from storaged.rpc.power import PowerControl
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.runtime import StorageService
 
 Context = Any
-Module = TypeVar("Module")
+Part = TypeVar("Part")
+EMPTY = common_pb2.EmptyMessage()
+
+
+def _there(part: Part | None) -> Part:
+    """The guest module that a call needs. Raises Unsupported when this daemon was made without it."""
+    if part is None:
+        raise Unsupported("this daemon does not serve this method")
+    return part
 
 
 class Maitred(vm_guest_pb2_grpc.MaitredServicer):
-    """The storage half of the contract, and power; every other method answers UNIMPLEMENTED."""
+    """The storage half of the contract and the guest modules that are given; every other method is UNIMPLEMENTED."""
 
-    def __init__(self, storage: StorageService, *, power: PowerControl | None = None) -> None:
+    def __init__(
+        self,
+        storage: StorageService,
+        *,
+        network: Network | None = None,
+        resolv: Resolv | None = None,
+        clock: Clock | None = None,
+        power: PowerControl | None = None,
+    ) -> None:
         self._storage = storage
+        self._network = network
+        self._resolv = resolv
+        self._clock = clock
         self._power = power
 
     async def UpdateStorageBalloon(
@@ -67,17 +90,43 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
         kernel = os.uname()
         return vm_guest_pb2.GetKernelVersionResponse(kernel_release=kernel.release, kernel_version=kernel.version)
 
+    # --- network, resolver and clock ---
+
+    async def ConfigureNetwork(
+        self, request: vm_guest_pb2.NetworkConfigRequest, context: Context
+    ) -> common_pb2.EmptyMessage:
+        await _there(self._network).configure(*ipv4_config(request))
+        return EMPTY
+
+    async def OnHostNetworkChanged(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._network).host_changed()
+        return EMPTY
+
+    async def ResetIPv6(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._network).host_changed()
+        return EMPTY
+
+    async def SetResolvConfig(
+        self, request: vm_guest_pb2.SetResolvConfigRequest, context: Context
+    ) -> common_pb2.EmptyMessage:
+        config = request.resolv_config
+        await _there(self._resolv).set(config.nameservers, config.search_domains)
+        return EMPTY
+
+    async def SetTime(self, request: vm_guest_pb2.SetTimeRequest, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._clock).set_time(request.time.seconds, request.time.nanos)
+        return EMPTY
+
+    async def SetTimezone(self, request: vm_guest_pb2.SetTimezoneRequest, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._clock).set_zone(request.timezone_name, bind=request.use_bind_mount)
+        return EMPTY
+
+    # --- power ---
+
     async def Shutdown(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
         await _there(self._power).shut_down(context.add_done_callback)
-        return common_pb2.EmptyMessage()
+        return EMPTY
 
     async def PrepareToSuspend(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
         await _there(self._power).suspend()
-        return common_pb2.EmptyMessage()
-
-
-def _there(module: Module | None) -> Module:
-    """A part that this daemon was given; UNIMPLEMENTED without it."""
-    if module is None:
-        raise Unsupported("this daemon does not serve this method")
-    return module
+        return EMPTY

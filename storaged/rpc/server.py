@@ -18,7 +18,10 @@ from grpc_reflection.v1alpha import reflection
 from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
 from storaged.config import LimitsConfig, TlsConfig, VsockConfig
 from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.guest.clock import Clock
+from storaged.guest.network import Network
 from storaged.guest.power import Power
+from storaged.guest.resolv import Resolv
 from storaged.rpc.calls import CallInterceptor, Calls
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
@@ -55,6 +58,9 @@ class Server:
         self,
         storage: StorageService,
         *,
+        network: Network | None = None,
+        resolv: Resolv | None = None,
+        clock: Clock | None = None,
         power: Power | None = None,
         limits: LimitsConfig | None = None,
         vsock: VsockConfig | None = None,
@@ -80,7 +86,8 @@ class Server:
             ],
         )
         self.power = None if power is None else PowerControl(storage, power, self.refuse)
-        maitred = Maitred(storage, power=self.power)  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+        # What is not there answers UNIMPLEMENTED.
+        maitred = Maitred(storage, network=network, resolv=resolv, clock=clock, power=self.power)  # type: ignore[abstract]
         vm_guest_pb2_grpc.add_MaitredServicer_to_server(maitred, self._server)
         storaged_v1_pb2_grpc.add_StorageServicer_to_server(Storage(storage), self._server)
         self._health = health.aio.HealthServicer()
