@@ -7,8 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
-from typing import TypedDict
+from dataclasses import dataclass, fields, replace
 
 from storaged import __version__, cmdline
 from storaged.addresses import VsockAddress, parse_address
@@ -16,12 +15,19 @@ from storaged.config import HOST, Settings
 from storaged.core.ports import World
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.guest.clock import Clock, KernelClock
+from storaged.guest.containers import Containers
+from storaged.guest.mounts import Mounts
 from storaged.guest.network import Network
 from storaged.guest.power import Power, real_power
+from storaged.guest.processes import Processes, ProcessSettings, Report
+from storaged.guest.reaper import Reaper
 from storaged.guest.resolv import Resolv, ResolvFile
+from storaged.guest.termina import Termina
+from storaged.guest.users import Users
 from storaged.notify import Notifier
 from storaged.rpc.power import PowerControl
 from storaged.rpc.server import Server
+from storaged.rpc.startup import run_startup
 from storaged.runtime import StorageService
 from storaged.service import ManagedService
 from storaged.units import GIB, format_size
@@ -29,13 +35,6 @@ from storaged.units import GIB, format_size
 log = logging.getLogger("storaged")
 HOST_CID = 2
 """VMADDR_CID_HOST (vsock(7))."""
-
-
-class _Guest(TypedDict, total=False):
-    network: Network
-    resolv: Resolv
-    clock: Clock
-    power: Power
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +85,86 @@ def sim_world(options: Options) -> World:
     return replace(make_world(disk, clock=SystemClock()), poll_s=0.1)
 
 
-def real_guest(settings: Settings | None = None) -> tuple[Network, Resolv, Clock]:
-    """The guest modules of this machine."""
+@dataclass(frozen=True, slots=True)
+class GuestModules:
+    """All that is not storage, on this machine or in memory."""
+
+    network: Network
+    resolv: Resolv
+    clock: Clock
+    processes: Processes
+    mounts: Mounts
+    termina: Termina
+    containers: Containers
+    users: Users
+    power: Power
+
+    async def close(self) -> None:
+        """Begin nothing more; what runs keeps running."""
+        await self.processes.close()
+        for part in (self.mounts, self.containers, self.users):
+            part.close()
+
+
+def real_guest(settings: Settings, report: Report | None = None) -> GuestModules:
+    """The modules of this machine. Call it from the main thread."""
+    from storaged.guest.containers import TokenFile
+    from storaged.guest.kernel_mounts import KernelMounts
     from storaged.guest.kernel_network import KernelNetwork
+    from storaged.guest.local_users import LocalUsers
+    from storaged.guest.spawn import RealSpawner, hand_down_default_signals
     from storaged.guest.zones import ZoneFiles
 
-    settings = settings or Settings()
-    network = Network(KernelNetwork(timeout_s=settings.network.timeout_s), settings.network)
-    resolv = Resolv(ResolvFile(settings.resolv.path), settings.resolv)
-    return network, resolv, Clock(KernelClock(), ZoneFiles(settings.clock))
+    hand_down_default_signals()
+    processes = Processes(RealSpawner(settings.processes), settings.processes, report=report)
+    mounts = Mounts(KernelMounts(), settings.mounts)
+    return GuestModules(
+        Network(KernelNetwork(timeout_s=settings.network.timeout_s), settings.network),
+        Resolv(ResolvFile(settings.resolv.path), settings.resolv),
+        Clock(KernelClock(), ZoneFiles(settings.clock)),
+        processes,
+        mounts,
+        Termina(mounts, processes, settings.termina),
+        Containers(TokenFile(settings.containers)),
+        Users(LocalUsers()),
+        real_power(),
+    )
 
 
-def sim_guest() -> tuple[Network, Resolv, Clock]:
+def sim_guest(settings: Settings) -> GuestModules:
     """The same in memory: this machine is not touched."""
     from storaged.sim.clock import SimWallClock, SimZones
+    from storaged.sim.mounts import SimMounts
     from storaged.sim.network import SimNetwork, SimResolv
+    from storaged.sim.power import SimPower
+    from storaged.sim.processes import SimSpawner
+    from storaged.sim.users import SimToken, SimUsers
 
-    return Network(SimNetwork()), Resolv(SimResolv()), Clock(SimWallClock(), SimZones())
+    processes = Processes(SimSpawner(), settings.processes)
+    mounts = Mounts(SimMounts(), settings.mounts)
+    termina = Termina(mounts, processes, settings.termina)
+    return GuestModules(
+        Network(SimNetwork()),
+        Resolv(SimResolv()),
+        Clock(SimWallClock(), SimZones()),
+        processes,
+        mounts,
+        termina,
+        Containers(SimToken()),
+        Users(SimUsers()),
+        SimPower(),
+    )
+
+
+def make_reaper(settings: ProcessSettings) -> Reaper | None:
+    """Reaps orphans where this process is asked to, or is process 1 and nobody else would."""
+    if os.getpid() != 1 and not settings.adopt_orphans:
+        return None
+    from storaged.guest.reaper import become_subreaper
+
+    if os.getpid() != 1:
+        become_subreaper()
+    return Reaper()
 
 
 async def serve(options: Options) -> None:
@@ -111,18 +173,24 @@ async def serve(options: Options) -> None:
     addresses = [parse_address(text) for text in settings.serve.listen]
     world = sim_world(options) if options.sim else real_world(settings.serve.stateful, settings.serve.state_dir)
     storage = StorageService(world, settings.storage)
-    server = Server(storage, **_guest(options), limits=settings.limits, vsock=settings.vsock)
+    guest = _guest(options)
+    parts = {} if guest is None else {item.name: getattr(guest, item.name) for item in fields(guest)}
+    server = Server(storage, **parts, limits=settings.limits, vsock=settings.vsock)
     notifier = Notifier()
     service = ManagedService(storage, server, notifier, settings, options.reread)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    loop.add_signal_handler(signal.SIGHUP, service.reload)
-    exporter = watcher = None
+    for number, react in (
+        (signal.SIGTERM, stopping.set),
+        (signal.SIGINT, stopping.set),
+        (signal.SIGHUP, service.reload),
+    ):
+        loop.add_signal_handler(number, react)
+    exporter = watcher = reaper = None
     background: list[asyncio.Task[None]] = []
     await storage.start()
     try:
+        reaper = await _begin(guest, options)
         if settings.serve.metrics:
             from storaged import metrics  # 5 MB that a daemon without metrics need not carry
 
@@ -149,26 +217,30 @@ async def serve(options: Options) -> None:
         await asyncio.gather(*background, return_exceptions=True)
         if exporter is not None:
             exporter.shutdown()
+        if guest is not None:
+            await guest.close()
+        if reaper is not None:
+            reaper.close()
         await storage.stop(release=settings.serve.release)
     if server.power is not None and server.power.due:
         server.power.power_off()
 
 
-def _guest(options: Options) -> _Guest:
+def _guest(options: Options) -> GuestModules | None:
     """The guest modules that the server gets; a simulated guest has simulated ones."""
     if options.settings.serve.only_storage:
-        return {}
-    network, resolv, clock = sim_guest() if options.sim else real_guest(options.settings)
-    return {"network": network, "resolv": resolv, "clock": clock, "power": _power(options)}
+        return None
+    return sim_guest(options.settings) if options.sim else real_guest(options.settings)
 
 
-def _power(options: Options) -> Power:
-    """The switch that Shutdown has."""
-    if options.sim:
-        from storaged.sim.power import SimPower
-
-        return SimPower()
-    return real_power()
+async def _begin(guest: GuestModules | None, options: Options) -> Reaper | None:
+    """What process 1 does before the daemon serves: adopt orphans, start the programs of the startup folder."""
+    if guest is None or options.sim:
+        return None
+    reaper = make_reaper(options.settings.processes)
+    if cmdline.read().startup_processes:
+        await run_startup(guest.processes)
+    return reaper
 
 
 def _beside(

@@ -9,8 +9,12 @@ from storaged.addresses import ANY_CID, TcpAddress, parse_address
 from storaged.core.model import Config
 from storaged.errors import ConfigError
 from storaged.guest.clock import ClockSettings
+from storaged.guest.containers import ContainerSettings
+from storaged.guest.mounts import MountSettings
 from storaged.guest.network import NetworkSettings
+from storaged.guest.processes import ProcessSettings
 from storaged.guest.resolv import ResolvSettings
+from storaged.guest.termina import TerminaSettings
 from storaged.units import KIB, MIB, format_size
 
 HOST = "host"
@@ -75,11 +79,15 @@ class LimitsConfig:
     """What callers may cost."""
 
     call_s: float = field(
-        default=60.0,
-        metadata={"help": "Deadline of a unary call whose caller gave none.", "least": 1.0, "reload": True},
+        default=180.0,
+        metadata={
+            "help": "Deadline of a unary call whose caller gave none; LaunchProcess has none.",
+            "least": 1.0,
+            "reload": True,
+        },
     )
     calls: int = field(
-        default=512,
+        default=2048,
         metadata={
             "help": "Unary calls that run at once, more than one vsock peer may have; beyond: RESOURCE_EXHAUSTED.",
             "least": 8,
@@ -87,7 +95,7 @@ class LimitsConfig:
         },
     )
     calls_per_connection: int = field(
-        default=16,
+        default=128,
         metadata={
             "help": "Calls and streams of one connection at once; more wait at the caller.",
             "least": 4,
@@ -99,7 +107,7 @@ class LimitsConfig:
         metadata={"help": "Streams (Watch) that are open at once; the same beyond.", "least": 1, "most": 65536},
     )
     message_bytes: int = field(
-        default=256 * KIB, metadata={"help": "Largest request.", "least": 64 * KIB, "most": 64 * MIB}
+        default=64 * KIB, metadata={"help": "Largest request.", "least": 16 * KIB, "most": 64 * MIB}
     )
     handshake_s: float = field(
         default=10.0, metadata={"help": "A new connection must have begun HTTP/2 (and TLS) within this.", "least": 0.1}
@@ -127,7 +135,7 @@ class VsockConfig:
         default=64, metadata={"help": "Connections held at once.", "least": 1, "most": 4096, "reload": True}
     )
     connections_per_cid: int = field(
-        default=16, metadata={"help": "The same for one context id.", "least": 1, "most": 4096, "reload": True}
+        default=8, metadata={"help": "The same for one context id.", "least": 1, "most": 4096, "reload": True}
     )
     preface_s: float = field(
         default=5.0,
@@ -168,6 +176,10 @@ class Settings:
     network: NetworkSettings = field(default_factory=NetworkSettings)
     resolv: ResolvSettings = field(default_factory=ResolvSettings)
     clock: ClockSettings = field(default_factory=ClockSettings)
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
+    mounts: MountSettings = field(default_factory=MountSettings)
+    termina: TerminaSettings = field(default_factory=TerminaSettings)
+    containers: ContainerSettings = field(default_factory=ContainerSettings)
 
     def __post_init__(self) -> None:
         check_storage(self.storage)

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 OURS = ("/vm_tools.Maitred/", "/storaged.v1.Storage/")
 ALWAYS = ("/vm_tools.Maitred/Shutdown",)
 """Answered while the gate is shut, and whatever the load: asking twice for the same end is no error."""
+ENDLESS = ("/vm_tools.Maitred/LaunchProcess",)
+"""May wait for a program for as long as that runs, if the caller sets no deadline."""
 BUCKETS = (0.01, 0.1, 1.0, 10.0)
 """Seconds: a read, a balloon step, a slow disk, and the host's deadline is near."""
 COUNTED_FROM_START = (
@@ -156,7 +158,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def run(requests: Requests, context: Any) -> Any:
             with self._counted(labels, method, context):
                 await self._enter(context, method, "unary", self.limits.calls)
-                limit = self.limits.call_s if context.time_remaining() is None else None
+                own = context.time_remaining() is not None or method in ENDLESS
+                limit = None if own else self.limits.call_s
                 watch = asyncio.timeout(limit)
                 try:
                     async with watch:

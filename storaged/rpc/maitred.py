@@ -8,8 +8,14 @@ from typing import Any, TypeVar
 from storaged.core.model import Told
 from storaged.errors import InvalidRequest, Unsupported
 from storaged.guest.clock import Clock
+from storaged.guest.containers import Containers
+from storaged.guest.mounts import Mounts
 from storaged.guest.network import Network
+from storaged.guest.processes import Processes
 from storaged.guest.resolv import Resolv
+from storaged.guest.termina import Termina
+from storaged.guest.users import Users
+from storaged.rpc import decode_containers, decode_mounts, decode_processes
 from storaged.rpc.decode_network import ipv4_config
 from storaged.rpc.power import PowerControl
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
@@ -37,12 +43,22 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
         network: Network | None = None,
         resolv: Resolv | None = None,
         clock: Clock | None = None,
+        processes: Processes | None = None,
+        mounts: Mounts | None = None,
+        termina: Termina | None = None,
+        containers: Containers | None = None,
+        users: Users | None = None,
         power: PowerControl | None = None,
     ) -> None:
         self._storage = storage
         self._network = network
         self._resolv = resolv
         self._clock = clock
+        self._processes = processes
+        self._mounts = mounts
+        self._termina = termina
+        self._containers = containers
+        self._users = users
         self._power = power
 
     async def UpdateStorageBalloon(
@@ -120,6 +136,39 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     async def SetTimezone(self, request: vm_guest_pb2.SetTimezoneRequest, context: Context) -> common_pb2.EmptyMessage:
         await _there(self._clock).set_zone(request.timezone_name, bind=request.use_bind_mount)
         return EMPTY
+
+    # --- processes, mounts, containers and users ---
+
+    async def LaunchProcess(
+        self, request: vm_guest_pb2.LaunchProcessRequest, context: Context
+    ) -> vm_guest_pb2.LaunchProcessResponse:
+        processes = _there(self._processes)
+        return decode_processes.launched(await processes.launch(decode_processes.launch(request)))
+
+    async def Mount(self, request: vm_guest_pb2.MountRequest, context: Context) -> vm_guest_pb2.MountResponse:
+        return vm_guest_pb2.MountResponse(error=await _there(self._mounts).mount(decode_mounts.mount(request)))
+
+    async def Mount9P(self, request: vm_guest_pb2.Mount9PRequest, context: Context) -> vm_guest_pb2.MountResponse:
+        await _there(self._mounts).mount_9p(decode_mounts.mount_9p(request))
+        return vm_guest_pb2.MountResponse()
+
+    async def StartTermina(
+        self, request: vm_guest_pb2.StartTerminaRequest, context: Context
+    ) -> vm_guest_pb2.StartTerminaResponse:
+        termina = _there(self._termina)
+        return decode_containers.started(await termina.start(decode_containers.termina(request)))
+
+    async def ConfigureContainerGuest(
+        self, request: vm_guest_pb2.ConfigureContainerGuestRequest, context: Context
+    ) -> common_pb2.EmptyMessage:
+        await _there(self._containers).configure(request.container_token, request.vm_username)
+        return EMPTY
+
+    async def SetUpUser(
+        self, request: vm_guest_pb2.SetUpUserRequest, context: Context
+    ) -> vm_guest_pb2.SetUpUserResponse:
+        reason = await _there(self._users).set_up(decode_containers.user(request))
+        return decode_containers.user_set_up(request.username, reason)
 
     # --- power ---
 

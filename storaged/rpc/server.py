@@ -19,9 +19,14 @@ from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
 from storaged.config import LimitsConfig, TlsConfig, VsockConfig
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.guest.clock import Clock
+from storaged.guest.containers import Containers
+from storaged.guest.mounts import Mounts
 from storaged.guest.network import Network
 from storaged.guest.power import Power
+from storaged.guest.processes import Processes
 from storaged.guest.resolv import Resolv
+from storaged.guest.termina import Termina
+from storaged.guest.users import Users
 from storaged.rpc.calls import CallInterceptor, Calls
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
@@ -61,6 +66,11 @@ class Server:
         network: Network | None = None,
         resolv: Resolv | None = None,
         clock: Clock | None = None,
+        processes: Processes | None = None,
+        mounts: Mounts | None = None,
+        termina: Termina | None = None,
+        containers: Containers | None = None,
+        users: Users | None = None,
         power: Power | None = None,
         limits: LimitsConfig | None = None,
         vsock: VsockConfig | None = None,
@@ -86,8 +96,18 @@ class Server:
             ],
         )
         self.power = None if power is None else PowerControl(storage, power, self.refuse)
-        # What is not there answers UNIMPLEMENTED.
-        maitred = Maitred(storage, network=network, resolv=resolv, clock=clock, power=self.power)  # type: ignore[abstract]
+        maitred = Maitred(
+            storage,
+            network=network,
+            resolv=resolv,
+            clock=clock,
+            processes=processes,
+            mounts=mounts,
+            termina=termina,
+            containers=containers,
+            users=users,
+            power=self.power,
+        )
         vm_guest_pb2_grpc.add_MaitredServicer_to_server(maitred, self._server)
         storaged_v1_pb2_grpc.add_StorageServicer_to_server(Storage(storage), self._server)
         self._health = health.aio.HealthServicer()

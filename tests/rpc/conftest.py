@@ -17,6 +17,11 @@ from storaged.addresses import Address, UnixAddress
 from storaged.config import LimitsConfig, VsockConfig
 from storaged.core.model import Config
 from storaged.core.ports import Clock, JournalStore, World
+from storaged.guest.containers import Containers
+from storaged.guest.mounts import Mounts
+from storaged.guest.processes import Processes
+from storaged.guest.termina import Termina
+from storaged.guest.users import Users
 from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.rpc.server import Server
 from storaged.runtime import StorageService
@@ -54,6 +59,11 @@ class Guest:
         self.path = str(directory / "s")
         self.sysctl = SimSysctl(faults=self.disk.faults)
         self.world: World = make_world(self.disk, clock=RealTime(), sysctl=self.sysctl)
+        self.processes: Processes | None = None
+        self.mounts: Mounts | None = None
+        self.termina: Termina | None = None
+        self.containers: Containers | None = None
+        self.users: Users | None = None
         self.service: StorageService
         self.server: Server
         self.bound: list[Address] = []
@@ -69,7 +79,17 @@ class Guest:
         self.world = make_world(self.disk, clock=RealTime(), sysctl=self.sysctl, journal=self.journal)
         self.service = StorageService(self.world, self.config)
         await self.service.start()
-        self.server = Server(self.service, power=self.power, limits=self.limits, vsock=self.vsock)
+        self.server = Server(
+            self.service,
+            processes=self.processes,
+            mounts=self.mounts,
+            termina=self.termina,
+            containers=self.containers,
+            users=self.users,
+            power=self.power,
+            limits=self.limits,
+            vsock=self.vsock,
+        )
         self.bound = await self.server.start([UnixAddress(self.path), *self.addresses])
         self._channel = grpc.aio.insecure_channel(f"unix:{self.path}")
         self.maitred: vm_guest_pb2_grpc.MaitredAsyncStub = vm_guest_pb2_grpc.MaitredStub(self._channel)

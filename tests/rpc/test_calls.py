@@ -258,9 +258,9 @@ async def test_a_request_that_is_too_large_is_refused_and_the_next_is_served(gue
     most = LimitsConfig().message_bytes
     call: Any = guest.channel.unary_unary("/vm_tools.Maitred/GetResizeStatus")
     padding = bytes.fromhex("fa07")  # field 127, as bytes: unknown to the message, and kept
-    code, _ = await refused(call(padding + b"\x80\x80\x10" + bytes(most)))
+    code, _ = await refused(call(padding + b"\x80\x80\x04" + bytes(most)))
     assert code is CODE.RESOURCE_EXHAUSTED
-    assert await call(padding + b"\x80\x80\x0c" + bytes(3 << 16))
+    assert await call(padding + b"\x80\x80\x03" + bytes(3 << 14))
     assert (await guest.status()).current_size == 8 * GIB
 
 

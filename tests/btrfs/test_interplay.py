@@ -1,0 +1,208 @@
+"""A shrink that moves data, in the middle of everything else that a guest and its host do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from benchmarks.resize import holed
+from lab.daemon import Daemon
+from lab.loop import Guest, run
+from storaged.rpc.proto import storaged_v1_pb2 as pb
+from storaged.rpc.proto import vm_guest_pb2
+from storaged.units import GIB, MIB
+from tests.btrfs import support
+from tests.btrfs.conftest import MakeDaemon, MakeGuest
+from tests.btrfs.support import Figures, available, held, report_for
+
+pytestmark = pytest.mark.btrfs
+STARTED = vm_guest_pb2.ResizeFilesystemResponse.STARTED
+DISK = 6 * GIB
+FILES = 8
+LIMIT = 300 * MIB
+
+
+def _target(daemon: Daemon) -> int:
+    """A size that makes about half a gibibyte move."""
+    bounds = daemon.report().bounds
+    return max(bounds.minimum_size, bounds.guaranteed_size - GIB // 2)
+
+
+def _aged(make_guest: MakeGuest) -> tuple[Guest, dict[str, str]]:
+    guest = make_guest(DISK)
+    holed(guest, FILES)
+    return guest, {f"file{n}": digest for n, digest in enumerate(_digests(guest)) if digest}
+
+
+def _digests(guest: Guest) -> list[str]:
+    found = support.hashes(guest.mountpoint)
+    return [found.get(f"file{number}", "") for number in range(FILES)]
+
+
+def _whole(guest: Guest, before: dict[str, str]) -> bool:
+    after = support.hashes(guest.mountpoint)
+    return all(after.get(name) == digest for name, digest in before.items())
+
+
+def _check(guest: Guest, daemon: Daemon) -> None:
+    daemon.stop()
+    assert not support.read_only(guest)
+    guest.unmount()
+    guest.check()
+
+
+@contextlib.contextmanager
+def _repeating(work: object, pause_s: float = 0.0) -> Iterator[list[int]]:
+    """Call `work(n)` again and again meanwhile; how often it was through."""
+    done = threading.Event()
+    through: list[int] = []
+
+    def loop() -> None:
+        number = 0
+        while not done.is_set():
+            with contextlib.suppress(OSError, RuntimeError):
+                work(number)  # type: ignore[operator]  # a plain function
+                through.append(number)
+            number += 1
+            done.wait(pause_s)
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield through
+    finally:
+        done.set()
+        thread.join()
+
+
+def _writes(folder: Path, number: int) -> None:
+    """A durable file of 8 MiB; the one before the last four goes."""
+    with (folder / f"new{number}").open("wb") as file:
+        file.write(os.urandom(8 * MIB))
+        file.flush()
+        os.fsync(file.fileno())
+    (folder / f"new{number - 4}").unlink(missing_ok=True)
+
+
+def test_at_critical_with_a_balloon_a_writer_and_snapshots(
+    make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures
+) -> None:
+    guest, before = _aged(make_guest)
+    daemon = make_daemon(guest)
+    assert daemon.report_free(report_for(LIMIT), vm_guest_pb2.DISK_CRITICAL) == vm_guest_pb2.SUCCESS
+    assert held(guest) > GIB
+    target, chunk = _target(daemon), daemon.report().filesystem.data_chunk_bytes
+
+    def snapshot(number: int) -> None:
+        run("btrfs", "-q", "subvolume", "snapshot", "-r", guest.mountpoint, guest.mountpoint / f"snap{number}")
+        run("btrfs", "-q", "subvolume", "delete", guest.mountpoint / f"snap{number}")
+
+    with (
+        _repeating(lambda number: _writes(guest.mountpoint, number)) as written,
+        _repeating(snapshot, 0.1) as snapshots,
+        support.Sampler(lambda: available(guest)) as seen,
+    ):
+        time.sleep(0.3)
+        assert daemon.resize(target) == STARTED
+        status = daemon.wait_resized()
+    job = daemon.report().job
+    believable = [value for value in seen.values if value < 1 << 60]
+    figures.note(
+        moved=job.moved_bytes, outcome=job.state, size=status.current_size, target=target, files=len(written),
+        snapshots=len(snapshots), most_available=max(believable),
+    )  # fmt: skip
+    # The guest may have taken the room that was certain when it was asked: then the truth is said, and a size reached.
+    assert job.state == pb.JOB_DONE or (job.state == pb.JOB_FAILED and job.reason), job
+    assert status.current_size == (target if job.state == pb.JOB_DONE else daemon.status().current_size)
+    assert written
+    assert snapshots
+    assert max(believable) <= LIMIT + 2 * chunk, "nobody gets room that the host was promised"
+    assert _whole(guest, before)
+    _check(guest, daemon)
+
+
+@pytest.mark.parametrize("whom", ["daemon", "child", "both"])
+def test_asleep_in_the_middle(whom: str, make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    # What a suspended machine looks like from inside: everybody stops, and goes on some time later.
+    guest, before = _aged(make_guest)
+    daemon = make_daemon(guest)
+    target = _target(daemon)
+    assert daemon.resize(target) == STARTED
+    pids = {"daemon": [daemon.pid], "child": support.children(daemon.pid)}
+    pids["both"] = pids["daemon"] + pids["child"]
+    for _ in range(3):
+        time.sleep(0.05)
+        for pid in pids[whom]:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.3)
+        for pid in pids[whom]:
+            os.kill(pid, signal.SIGCONT)
+    assert daemon.wait_resized().current_size == target, daemon.report().job
+    assert _whole(guest, before)
+    _check(guest, daemon)
+
+
+def test_progress_is_honest(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    guest, before = _aged(make_guest)
+    daemon = make_daemon(guest)
+    target = _target(daemon)
+    assert daemon.resize(target) == STARTED
+    jobs: list[pb.Job] = []
+    while not jobs or jobs[-1].state in (pb.JOB_PREPARING, pb.JOB_RUNNING):
+        jobs.append(daemon.report().job)
+    running, last = jobs[:-1], jobs[-1]
+    assert (last.state, last.progress, last.current_size) == (pb.JOB_DONE, 1.0, target)
+    assert all(job.progress < 1 for job in running)
+    for values in ([job.progress for job in jobs], [job.moved_bytes for job in jobs]):
+        assert values == sorted(values), "never backwards"
+    steps = len({job.moved_bytes for job in jobs})
+    figures.note(moved=last.moved_bytes, to_move=last.total_to_move_bytes, reports=len(jobs), steps=steps)
+    assert steps >= 3
+    assert last.moved_bytes <= last.total_to_move_bytes
+    assert _whole(guest, before)
+
+
+def _cancel(daemon: Daemon) -> list[float]:
+    """How long the answer took; nothing when the job was over before."""
+    began = time.monotonic()
+    try:
+        daemon.storage.CancelResize(pb.CancelResizeRequest(), timeout=20)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+            raise
+        return []
+    return [time.monotonic() - began]
+
+
+@pytest.mark.parametrize("rounds", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_cancel_at_any_moment(rounds: int, make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    guest, before = _aged(make_guest)
+    daemon = make_daemon(guest)
+    assert daemon.report_free(report_for(LIMIT)) == vm_guest_pb2.SUCCESS
+    took: list[float] = []
+    for number in range(rounds):
+        start, target = daemon.status().current_size, _target(daemon)
+        assert daemon.resize(target) == STARTED
+        time.sleep(number / rounds * 0.6)
+        took += _cancel(daemon)
+        job = daemon.report().job
+        status = daemon.status()
+        assert not status.resize_in_progress
+        assert target <= status.current_size <= start
+        assert job.state in (pb.JOB_CANCELLED, pb.JOB_DONE), job
+        assert status.current_size == job.current_size
+        assert daemon.resize(DISK) == STARTED
+        assert daemon.wait_resized().current_size == DISK
+    figures.note(cancels=len(took), slowest_s=round(max(took, default=0), 3))
+    assert took
+    assert sorted(took)[len(took) * 9 // 10] < 1
+    assert _whole(guest, before)
+    _check(guest, daemon)
