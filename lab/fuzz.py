@@ -100,6 +100,12 @@ def _settings(text: str) -> None:
         config.load(file.name)
 
 
+def _cmdline(text: str) -> None:
+    from storaged import cmdline
+
+    cmdline.parse(text)
+
+
 def _startup(text: str) -> None:
     from storaged.rpc.startup import read_request
 
@@ -123,6 +129,8 @@ def _made(name: str) -> tuple[Target, list[bytes]]:
             return _text(_journal, '{"version": 1, "limit": 5, "level": 1, "job": null}')
         case "settings":
             return _text(_settings, '[serve]\nlisten = ["unix:/s"]\n[storage]\nreserve = "2GiB"\nsettle_s = 1.5\n')
+        case "cmdline":
+            return _text(_cmdline, "quiet maitred.listen_port=8888 maitred.no_startup_processes ro")
         case "everything":
             return _everything()
         case "startup":
@@ -145,7 +153,7 @@ def targets() -> Iterator[str]:
     """Their names."""
     from lab.requests import METHODS
 
-    yield from ("address", "size", "journal", "settings", "startup")
+    yield from ("address", "size", "journal", "settings", "cmdline", "startup")
     yield from METHODS
 
 

@@ -12,7 +12,8 @@ from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB
 
 _SERVICE = vm.DESCRIPTOR.services_by_name["Maitred"]
-METHODS = tuple(method.name for method in _SERVICE.methods)
+METHODS = tuple(method.name for method in _SERVICE.methods if method.input_type.fields)
+"""Those whose request has anything to say."""
 
 
 def request_type(method: str) -> Any:
@@ -43,15 +44,16 @@ SEEDS: tuple[Message, ...] = (
 
 async def servicer() -> Maitred:
     """Maitred as `storaged serve --sim` has it."""
-    from storaged.app import GuestSettings, sim_guest
+    from storaged.app import sim_guest
     from storaged.btrfs.system import SystemClock
+    from storaged.config import Settings
     from storaged.runtime import StorageService
     from storaged.sim import SimDisk, make_world
 
     storage = StorageService(make_world(SimDisk(8 * GIB), clock=SystemClock()))
     await storage.start()
-    guest = sim_guest(GuestSettings())
-    return Maitred(  # type: ignore[abstract]  # what is not there answers UNIMPLEMENTED
+    guest = sim_guest(Settings())
+    return Maitred(
         storage,
         network=guest.network,
         resolv=guest.resolv,

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import sys
 from dataclasses import replace
 from typing import Any
 
-from storaged import __version__, check
-from storaged.config import ServeConfig, load
+from storaged import __version__, check, logs
+from storaged.config import ServeConfig, Settings, load
 from storaged.errors import ConfigError, StoragedError
 from storaged.units import parse_size
 
 FAILED, MISUSED = 1, 2
+LISTEN = "unix:/path, vsock::PORT or tcp:HOST:PORT; may be repeated"
 DEFAULTS = ServeConfig()
+SERVE = ("stateful", "state_dir", "metrics", "notify_host", "only_storage", "release", "log_level")
+TLS = {"certificate": "tls_cert", "key": "tls_key", "client_authority": "tls_client_ca", "insecure": "insecure"}
+"""Settings that an option of the command line overrides, and its name."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,19 +31,25 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="run the daemon")
     serve.add_argument("--config", metavar="FILE", help="settings in TOML; the command line overrides them")
-    serve.add_argument("--listen", metavar="ADDR", action="append", help="unix:/path or tcp:HOST:PORT; may be repeated")
+    serve.add_argument("--listen", metavar="ADDR", action="append", help=LISTEN)
     serve.add_argument("--stateful", metavar="PATH", help="where the btrfs to manage is mounted")
     serve.add_argument("--state-dir", metavar="DIR", help="where the journal is kept")
     serve.add_argument("--metrics", metavar="HOST:PORT", help="serve Prometheus metrics there")
-    serve.add_argument("--release", action="store_true", help="give the balloon back when the daemon stops")
-    serve.add_argument("--insecure", action="store_true", help="allow tcp: without TLS on a loopback address")
+    serve.add_argument("--notify-host", metavar="ADDR", help="who is told that we serve; `host` for the usual one")
+    serve.add_argument("--only-storage", action="store_true", default=None, help="serve the storage calls alone")
+    serve.add_argument(
+        "--release", action="store_true", default=None, help="give the balloon back when the daemon stops"
+    )
+    serve.add_argument(
+        "--insecure", action="store_true", default=None, help="allow tcp: without TLS on a loopback address"
+    )
     serve.add_argument("--tls-cert", metavar="FILE", help="our certificate, PEM")
     serve.add_argument("--tls-key", metavar="FILE", help="its key, PEM")
     serve.add_argument("--tls-client-ca", metavar="FILE", help="who must have signed the clients', PEM")
     serve.add_argument("--sim", action="store_true", help="manage a simulated filesystem; needs no root")
     serve.add_argument("--sim-size", metavar="SIZE", default="8G", help="its size (default 8G)")
     serve.add_argument("--sim-speed", metavar="SIZE", default="0", help="bytes a second its shrinks move")
-    serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    serve.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="least to be logged")
 
     check = commands.add_parser("check", help="say what would work on this machine, what not, and why")
     check.add_argument("--stateful", metavar="PATH", default=DEFAULTS.stateful)
@@ -61,39 +72,38 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     del sys.modules["ssl"]
     from storaged import app
-    from storaged.rpc.server import Tls
 
-    settings = load(arguments.config) if arguments.config else DEFAULTS
-    given: dict[str, Any] = {
-        key: value for key in ("stateful", "state_dir", "metrics") if (value := getattr(arguments, key)) is not None
-    }
-    if arguments.listen:
-        given["listen"] = tuple(arguments.listen)
-    files = (arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
-    if any(files) and not all(files):
-        raise ConfigError("--tls-cert, --tls-key and --tls-client-ca belong together")
+    def settings() -> Settings:
+        return _override(load(arguments.config) if arguments.config else Settings(), arguments)
+
+    found = settings()
+    logging.getLogger().setLevel(found.serve.log_level.upper())
+    faulthandler.enable()  # a watchdog's SIGABRT then says where every thread was
     app.run(
         app.Options(
-            config=replace(settings, **given),
+            settings=found,
+            reread=settings if arguments.config else None,
             sim=arguments.sim,
             sim_size=parse_size(arguments.sim_size),
             sim_speed=parse_size(arguments.sim_speed),
-            insecure=arguments.insecure,
-            tls=Tls(*files) if all(files) else None,
-            release=arguments.release,
         )
     )
     return 0
 
 
+def _override(settings: Settings, arguments: argparse.Namespace) -> Settings:
+    """`settings` with what the command line says instead."""
+    given: dict[str, Any] = {key: value for key in SERVE if (value := getattr(arguments, key)) is not None}
+    if arguments.listen:
+        given["listen"] = tuple(arguments.listen)
+    tls: dict[str, Any] = {key: value for key, name in TLS.items() if (value := getattr(arguments, name)) is not None}
+    return replace(settings, serve=replace(settings.serve, **given), tls=replace(settings.tls, **tls))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code: 0 done, 1 failed (reason on stderr), 2 wrong use."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=getattr(arguments, "log_level", "info").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.setup(getattr(arguments, "log_level", None) or DEFAULTS.log_level)
     try:
         if arguments.command == "serve":
             return _serve(arguments)

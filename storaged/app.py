@@ -6,42 +6,46 @@ import asyncio
 import logging
 import os
 import signal
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, fields, replace
 
-from storaged import __version__
-from storaged.addresses import parse_address
-from storaged.config import ServeConfig
+from storaged import __version__, cmdline
+from storaged.addresses import VsockAddress, parse_address
+from storaged.config import HOST, Settings
 from storaged.core.ports import World
-from storaged.errors import ConfigError
-from storaged.guest.clock import Clock, ClockSettings, KernelClock
-from storaged.guest.containers import Containers, ContainerSettings
-from storaged.guest.mounts import Mounts, MountSettings
-from storaged.guest.network import Network, NetworkSettings
+from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.guest.clock import Clock, KernelClock
+from storaged.guest.containers import Containers
+from storaged.guest.mounts import Mounts
+from storaged.guest.network import Network
+from storaged.guest.power import Power, real_power
 from storaged.guest.processes import Processes, ProcessSettings, Report
 from storaged.guest.reaper import Reaper
-from storaged.guest.resolv import Resolv, ResolvFile, ResolvSettings
-from storaged.guest.termina import Termina, TerminaSettings
+from storaged.guest.resolv import Resolv, ResolvFile
+from storaged.guest.termina import Termina
 from storaged.guest.users import Users
-from storaged.rpc.server import Server, Tls
+from storaged.notify import Notifier
+from storaged.rpc.power import PowerControl
+from storaged.rpc.server import Server
 from storaged.rpc.startup import run_startup
 from storaged.runtime import StorageService
+from storaged.service import ManagedService
 from storaged.units import GIB, format_size
 
 log = logging.getLogger("storaged")
-GRACE_S = 5.0
+HOST_CID = 2
+"""VMADDR_CID_HOST (vsock(7))."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What one run of `storaged serve` was asked for."""
+    """What one run of `storaged serve` was asked for. `reread` gets the settings anew, where there is a file."""
 
-    config: ServeConfig
+    settings: Settings
+    reread: Callable[[], Settings] | None = None
     sim: bool = False
     sim_size: int = 8 * GIB
     sim_speed: int = 0
-    insecure: bool = False
-    tls: Tls | None = None
-    release: bool = False
 
 
 def real_world(stateful: str, state_dir: str) -> World:
@@ -53,7 +57,10 @@ def real_world(stateful: str, state_dir: str) -> World:
     from storaged.btrfs.system import ProcSysctl, SystemClock
     from storaged.resize.journal import FileJournal
 
-    filesystem = BtrfsFilesystem(stateful)
+    try:
+        filesystem = BtrfsFilesystem(stateful)
+    except OSError as error:
+        raise StoragedError(f"the filesystem at {stateful} cannot be used: {error}", Kind.UNAVAILABLE) from error
     try:
         journal = FileJournal(os.path.join(state_dir, filesystem.uuid))
     except OSError as error:
@@ -90,6 +97,7 @@ class GuestModules:
     termina: Termina
     containers: Containers
     users: Users
+    power: Power
 
     async def close(self) -> None:
         """Begin nothing more; what runs keeps running."""
@@ -98,20 +106,7 @@ class GuestModules:
             part.close()
 
 
-@dataclass(frozen=True, slots=True)
-class GuestSettings:
-    """What these modules may be told."""
-
-    network: NetworkSettings = field(default_factory=NetworkSettings)
-    resolv: ResolvSettings = field(default_factory=ResolvSettings)
-    clock: ClockSettings = field(default_factory=ClockSettings)
-    processes: ProcessSettings = field(default_factory=ProcessSettings)
-    mounts: MountSettings = field(default_factory=MountSettings)
-    termina: TerminaSettings = field(default_factory=TerminaSettings)
-    containers: ContainerSettings = field(default_factory=ContainerSettings)
-
-
-def real_guest(settings: GuestSettings, report: Report | None = None) -> GuestModules:
+def real_guest(settings: Settings, report: Report | None = None) -> GuestModules:
     """The modules of this machine. Call it from the main thread."""
     from storaged.guest.containers import TokenFile
     from storaged.guest.kernel_mounts import KernelMounts
@@ -132,14 +127,16 @@ def real_guest(settings: GuestSettings, report: Report | None = None) -> GuestMo
         Termina(mounts, processes, settings.termina),
         Containers(TokenFile(settings.containers)),
         Users(LocalUsers()),
+        real_power(),
     )
 
 
-def sim_guest(settings: GuestSettings) -> GuestModules:
+def sim_guest(settings: Settings) -> GuestModules:
     """The same in memory: this machine is not touched."""
     from storaged.sim.clock import SimWallClock, SimZones
     from storaged.sim.mounts import SimMounts
     from storaged.sim.network import SimNetwork, SimResolv
+    from storaged.sim.power import SimPower
     from storaged.sim.processes import SimSpawner
     from storaged.sim.users import SimToken, SimUsers
 
@@ -155,6 +152,7 @@ def sim_guest(settings: GuestSettings) -> GuestModules:
         termina,
         Containers(SimToken()),
         Users(SimUsers()),
+        SimPower(),
     )
 
 
@@ -171,55 +169,102 @@ def make_reaper(settings: ProcessSettings) -> Reaper | None:
 
 async def serve(options: Options) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises StoragedError when it cannot start."""
-    config = options.config
-    addresses = [parse_address(text) for text in config.listen]
-    world = sim_world(options) if options.sim else real_world(config.stateful, config.state_dir)
-    storage = StorageService(world, config.storage)
+    settings = options.settings
+    addresses = [parse_address(text) for text in settings.serve.listen]
+    world = sim_world(options) if options.sim else real_world(settings.serve.stateful, settings.serve.state_dir)
+    storage = StorageService(world, settings.storage)
+    guest = _guest(options)
+    parts = {} if guest is None else {item.name: getattr(guest, item.name) for item in fields(guest)}
+    server = Server(storage, **parts, limits=settings.limits, vsock=settings.vsock)
+    notifier = Notifier()
+    service = ManagedService(storage, server, notifier, settings, options.reread)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    guest = sim_guest(GuestSettings()) if options.sim else real_guest(GuestSettings())
-    server = Server(
-        storage,
-        network=guest.network,
-        resolv=guest.resolv,
-        clock=guest.clock,
-        processes=guest.processes,
-        mounts=guest.mounts,
-        termina=guest.termina,
-        containers=guest.containers,
-        users=guest.users,
-    )
-    exporter = reaper = None
+    for number, react in (
+        (signal.SIGTERM, stopping.set),
+        (signal.SIGINT, stopping.set),
+        (signal.SIGHUP, service.reload),
+    ):
+        loop.add_signal_handler(number, react)
+    exporter = watcher = reaper = None
+    background: list[asyncio.Task[None]] = []
     await storage.start()
     try:
-        reaper = None if options.sim else make_reaper(guest.processes.settings)
-        if not options.sim:
-            await run_startup(guest.processes)
-        if config.metrics:
+        reaper = await _begin(guest, options)
+        if settings.serve.metrics:
             from storaged import metrics  # 5 MB that a daemon without metrics need not carry
 
-            exporter = metrics.serve(storage, config.metrics)
-        bound = await server.start(addresses, tls=options.tls, insecure=options.insecure)
+            exporter = metrics.serve(storage, settings.serve.metrics, server)
+        bound = await server.start(addresses, settings.tls)
         size = format_size(storage.current_size())
         what = f"a simulated filesystem of {size}" if options.sim else f"{world.filesystem.mountpoint} ({size})"
         log.info("storaged %s serves %s on %s", __version__, what, ", ".join(map(str, bound)))
+        service.ready()
+        background = [asyncio.create_task(work) for work in _beside(server, service, settings, stopping)]
         watcher = None if options.sim else _watch_capacity(storage, loop)
         _warm_up(world)
         await stopping.wait()
         log.info("stopping")
+        notifier.stopping()
+        server.refuse("storaged is stopping")
         if watcher is not None:
             loop.remove_reader(watcher)
         await storage.close()
-        await server.stop(GRACE_S)
+        await server.stop(service.settings.limits.drain_s)
     finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
         if exporter is not None:
             exporter.shutdown()
-        await guest.close()
+        if guest is not None:
+            await guest.close()
         if reaper is not None:
             reaper.close()
-        await storage.stop(release=options.release)
+        await storage.stop(release=settings.serve.release)
+    if server.power is not None and server.power.due:
+        server.power.power_off()
+
+
+def _guest(options: Options) -> GuestModules | None:
+    """The guest modules that the server gets; a simulated guest has simulated ones."""
+    if options.settings.serve.only_storage:
+        return None
+    return sim_guest(options.settings) if options.sim else real_guest(options.settings)
+
+
+async def _begin(guest: GuestModules | None, options: Options) -> Reaper | None:
+    """What process 1 does before the daemon serves: adopt orphans, start the programs of the startup folder."""
+    if guest is None or options.sim:
+        return None
+    reaper = make_reaper(options.settings.processes)
+    if cmdline.read().startup_processes:
+        await run_startup(guest.processes)
+    return reaper
+
+
+def _beside(
+    server: Server, service: ManagedService, settings: Settings, stopping: asyncio.Event
+) -> Iterator[Coroutine[None, None, None]]:
+    """What goes on while the daemon serves."""
+    yield service.keep_alive()
+    if server.power is not None:
+        yield _until_off(server.power, server, stopping)
+    if settings.serve.notify_host:
+        yield _tell_host(settings)
+
+
+async def _until_off(power: PowerControl, server: Server, stopping: asyncio.Event) -> None:
+    await power.run(server.flushed)
+    stopping.set()
+
+
+async def _tell_host(settings: Settings) -> None:
+    from storaged.rpc.ready import tell_host
+
+    name = settings.serve.notify_host
+    address = VsockAddress(HOST_CID, cmdline.read().listen_port) if name == HOST else parse_address(name)
+    await tell_host(address, settings.notify)
 
 
 def _watch_capacity(storage: StorageService, loop: asyncio.AbstractEventLoop) -> int | None:

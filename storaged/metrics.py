@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from storaged import __version__
 from storaged.addresses import TcpAddress, parse_address
@@ -18,6 +20,8 @@ from storaged.core import events as ev
 from storaged.core.machine import BalloonState, State
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.resize.job import JobState
+from storaged.rpc.calls import BUCKETS
+from storaged.rpc.server import Server
 from storaged.runtime import StorageService
 
 log = logging.getLogger(__name__)
@@ -108,7 +112,43 @@ class StorageCollector(Collector):
                 yield _gauge("storaged_resize_eta_seconds", "Time left for the running job", running.eta)
 
 
-def serve(storage: StorageService, address: str) -> Any:
+class CallsCollector(Collector):
+    """What callers did: every method and code, and who came over vsock."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def collect(self) -> Iterator[Metric]:
+        """By the names that gRPC's other servers use."""
+        calls = self._server.calls
+        names = ["grpc_type", "grpc_service", "grpc_method"]
+        started = CounterMetricFamily("grpc_server_started", "Calls that began", labels=names)
+        for labels, count in list(calls.started.items()):
+            started.add_metric(labels, count)
+        yield started
+        handled = CounterMetricFamily("grpc_server_handled", "Calls that ended", labels=[*names, "grpc_code"])
+        for (labels, code), count in list(calls.handled.items()):
+            handled.add_metric([*labels, code], count)
+        yield handled
+        seconds = HistogramMetricFamily("grpc_server_handling_seconds", "How long calls took", labels=names)
+        for labels, duration in list(calls.seconds.items()):
+            counts = list(accumulate(duration.buckets))
+            bounds = [*map(floatToGoString, BUCKETS), "+Inf"]
+            seconds.add_metric(labels, list(zip(bounds, counts, strict=True)), duration.total)
+        yield seconds
+        relay = self._server.relay
+        if relay is not None:
+            yield _gauge("storaged_vsock_connections", "Relayed connections held now", relay.open)
+            yield CounterMetricFamily("storaged_vsock_accepted", "Connections taken", value=relay.accepted)
+            dropped = CounterMetricFamily(
+                "storaged_vsock_dropped", "Connections refused, or ended by us", labels=["reason"]
+            )
+            for reason, count in relay.dropped.items():
+                dropped.add_metric([reason], count)
+            yield dropped
+
+
+def serve(storage: StorageService, address: str, calls_of: Server) -> Any:
     """Serve /metrics on `HOST:PORT`; the HTTP server. Raises StoragedError."""
     parsed = parse_address(f"tcp:{address}")
     if not isinstance(parsed, TcpAddress):
@@ -116,6 +156,7 @@ def serve(storage: StorageService, address: str) -> Any:
     disable_created_metrics()  # type: ignore[no-untyped-call]  # the library's only untyped function here
     registry = CollectorRegistry()
     registry.register(StorageCollector(storage))
+    registry.register(CallsCollector(calls_of))
     try:
         server, _ = start_http_server(parsed.port, parsed.host.strip("[]"), registry=registry)
     except OSError as error:

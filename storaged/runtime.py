@@ -88,6 +88,7 @@ class StorageService:
         self._hold_next: list[int | None] = []
         self._trimming = False
         self._closing = self._stopped = False
+        self._halted = ""
         self._moved_total = 0
         self._bounds: Bounds | None = None
         self._bounds_for: Space | None = None
@@ -146,11 +147,23 @@ class StorageService:
         """Begin to stop: watchers are let go, a running job is cancelled at a committed step."""
         self._closing = True
         self._changed.set()
-        if self._state.active_job is not None:
-            try:
-                await asyncio.wait_for(self.cancel("storaged was stopped"), ANSWER_WITHIN_S)
-            except (StoragedError, TimeoutError) as error:
+        await self.halt("storaged was stopped")
+
+    async def halt(self, reason: str) -> None:
+        """No job starts from here on, a running one ends at a committed step; `go_on` takes it back."""
+        self._halted = reason
+        try:
+            # Asked in any case: a job that is about to start stands before this in the queue.
+            await asyncio.wait_for(self.cancel(reason), ANSWER_WITHIN_S)
+        except StoragedError as error:
+            if error.kind is not Kind.PRECONDITION:  # none was running
                 log.warning("the running job could not be stopped: %s", error)
+        except TimeoutError:
+            log.warning("the running job could not be stopped within %g s", ANSWER_WITHIN_S)
+
+    def go_on(self) -> None:
+        """Jobs may start again."""
+        self._halted = ""
 
     async def stop(self, *, release: bool = False) -> None:
         """Leave everything safe: a running job is cancelled at a committed step, the balloon stays or is released."""
@@ -190,6 +203,8 @@ class StorageService:
     async def resize(self, size: int) -> bool:
         """Start a resize job. False when one is running already; StoragedError when it is refused."""
         facts = await self._facts(size)
+        if self._halted:
+            raise StoragedError(f"no resize starts now: {self._halted}", Kind.UNAVAILABLE)
         clock = self._world.clock
         event = ev.ResizeRequested(size, uuid.uuid4().hex[:12], facts, clock.monotonic(), clock.wall())
         answer = await self._ask(event)
@@ -224,6 +239,16 @@ class StorageService:
         """Everything durable before the machine sleeps."""
         await self._ask(ev.SuspendRequested(self._world.clock.monotonic()))
         await self._settle_tasks()
+
+    async def alive(self) -> None:
+        """Returns once the writer has handled all that came before: it does not when the writer hangs."""
+        clock = self._world.clock
+        await self._ask(ev.Tick(clock.monotonic(), clock.wall()))
+
+    def reconfigure(self, config: Config) -> None:
+        """Decide by `config` from the next event on. Between two steps: the writer never yields within one."""
+        self._state = replace(self._state, config=config)
+        self._publish()
 
     def capacity_changed(self) -> None:
         """The device may have another size now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from storaged.units import GIB, MIB
 
@@ -89,29 +89,85 @@ class DirtyLimits:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What an administrator may choose; sizes in bytes, times in seconds."""
+    """How the engine decides."""
 
-    reserve: int = GIB
-    """Kept away from the guest: upstream's number, and room for the host's own writes."""
-    low_enter: int = 2 * GIB
-    low_leave: int = 4 * GIB
-    critical_enter: int = GIB
-    critical_leave: int = 2 * GIB
-    settle_s: float = 10.0
-    """How long a better level must last before it counts."""
-    retry_first_s: float = 1.0
-    retry_most_s: float = 30.0
-    guard_every_s: float = 1.0
-    """How often metadata headroom is looked at while the balloon holds anything."""
-    guard_soon_s: float = 0.2
-    """The same while headroom is small or has just been given."""
-    guard_calm_s: float = 2.5
-    """The same while there is so much headroom that nothing could use it up in that time."""
-    trim_again_s: float = 60.0
-    """Shortest time between two trims while the level stays above NORMAL."""
-    capacity_wait_s: float = 5.0
-    capacity_poll_s: float = 0.25
-    low_dirty: int = 64 * MIB
-    critical_dirty: int = 8 * MIB
-    minimum_filesystem: int = 256 * MIB
+    reserve: int = field(
+        default=GIB,
+        metadata={
+            "help": "Kept away from the guest, for the host's own writes; hosts count on no less than 1 GiB.",
+            "unit": "bytes",
+            "reload": True,
+        },
+    )
+    critical_enter: int = field(
+        default=GIB,
+        metadata={"help": "At or below this much free on the host: CRITICAL.", "unit": "bytes", "reload": True},
+    )
+    critical_leave: int = field(
+        default=2 * GIB, metadata={"help": "Below this it stays CRITICAL.", "unit": "bytes", "reload": True}
+    )
+    low_enter: int = field(
+        default=2 * GIB,
+        metadata={"help": "At or below this much free on the host: LOW.", "unit": "bytes", "reload": True},
+    )
+    low_leave: int = field(
+        default=4 * GIB, metadata={"help": "Below this it stays LOW.", "unit": "bytes", "reload": True}
+    )
+    settle_s: float = field(
+        default=10.0, metadata={"help": "A better level must last this long before it counts.", "reload": True}
+    )
+    retry_first_s: float = field(
+        default=1.0,
+        metadata={
+            "help": "A balloon that could not settle is tried again after this, then after twice that, and so on.",
+            "least": 0.01,
+            "reload": True,
+        },
+    )
+    retry_most_s: float = field(
+        default=30.0, metadata={"help": "Longest time between two tries.", "least": 0.01, "reload": True}
+    )
+    guard_every_s: float = field(
+        default=1.0,
+        metadata={
+            "help": "How often metadata headroom is looked at while the balloon holds anything.",
+            "least": 0.1,
+            "reload": True,
+        },
+    )
+    guard_soon_s: float = field(
+        default=0.2,
+        metadata={
+            "help": "The same while headroom is small or has just been given.",
+            "least": 0.01,
+            "reload": True,
+        },
+    )
+    guard_calm_s: float = field(
+        default=2.5,
+        metadata={
+            "help": "The same while there is so much headroom that nothing could use it up in that time.",
+            "least": 0.1,
+            "reload": True,
+        },
+    )
+    trim_again_s: float = field(
+        default=60.0,
+        metadata={"help": "Shortest time between two trims while the level stays above NORMAL.", "reload": True},
+    )
+    capacity_wait_s: float = field(
+        default=5.0, metadata={"help": "How long a grow waits for its device.", "reload": True}
+    )
+    capacity_poll_s: float = field(
+        default=0.25, metadata={"help": "How often it looks at the device.", "least": 0.01, "reload": True}
+    )
+    low_dirty: int = field(
+        default=64 * MIB,
+        metadata={"help": "The kernel's vm.dirty_bytes at LOW.", "unit": "bytes", "least": MIB, "reload": True},
+    )
+    critical_dirty: int = field(
+        default=8 * MIB,
+        metadata={"help": "The kernel's vm.dirty_bytes at CRITICAL.", "unit": "bytes", "least": MIB, "reload": True},
+    )
+    minimum_filesystem: int = field(default=256 * MIB, metadata={"fixed": True})
     """The kernel refuses to resize below this (fs/btrfs/ioctl.c, btrfs_ioctl_resize)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any, TypeVar
 
@@ -18,10 +17,10 @@ from storaged.guest.termina import Termina
 from storaged.guest.users import Users
 from storaged.rpc import decode_containers, decode_mounts, decode_processes
 from storaged.rpc.decode_network import ipv4_config
+from storaged.rpc.power import PowerControl
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.runtime import StorageService
 
-log = logging.getLogger(__name__)
 Context = Any
 Part = TypeVar("Part")
 EMPTY = common_pb2.EmptyMessage()
@@ -30,7 +29,7 @@ EMPTY = common_pb2.EmptyMessage()
 def _there(part: Part | None) -> Part:
     """The guest module that a call needs. Raises Unsupported when this daemon was made without it."""
     if part is None:
-        raise Unsupported("this daemon was started without the module for this call")
+        raise Unsupported("this daemon does not serve this method")
     return part
 
 
@@ -49,6 +48,7 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
         termina: Termina | None = None,
         containers: Containers | None = None,
         users: Users | None = None,
+        power: PowerControl | None = None,
     ) -> None:
         self._storage = storage
         self._network = network
@@ -59,6 +59,7 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
         self._termina = termina
         self._containers = containers
         self._users = users
+        self._power = power
 
     async def UpdateStorageBalloon(
         self, request: vm_guest_pb2.UpdateStorageBalloonRequest, context: Context
@@ -168,3 +169,13 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     ) -> vm_guest_pb2.SetUpUserResponse:
         reason = await _there(self._users).set_up(decode_containers.user(request))
         return decode_containers.user_set_up(request.username, reason)
+
+    # --- power ---
+
+    async def Shutdown(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._power).shut_down(context.add_done_callback)
+        return EMPTY
+
+    async def PrepareToSuspend(self, request: common_pb2.EmptyMessage, context: Context) -> common_pb2.EmptyMessage:
+        await _there(self._power).suspend()
+        return EMPTY

@@ -1,0 +1,1 @@
+"""The guest module against the kernel it will meet."""

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from storaged.app import GuestSettings, sim_guest
+from storaged.app import sim_guest
+from storaged.config import Settings
 from tests.guest.netns import Lab
 
 CALLS = f"""
 import asyncio, os
 from ipaddress import IPv4Address
-from storaged.app import GuestSettings, real_guest
+from storaged.app import real_guest
+from storaged.config import Settings
 
 async def main():
-    guest = real_guest(GuestSettings())
+    guest = real_guest(Settings())
     network, resolv, clock = guest.network, guest.resolv, guest.clock
     await network.configure(*map(IPv4Address, ("{Lab.GUEST}", "255.255.255.252", "{Lab.ROUTER}")))
     await resolv.set(["192.0.2.1"], [])
@@ -53,6 +55,6 @@ def test_the_daemon_configures_the_machine_that_it_runs_on(lab: Lab, tmp_path: P
 
 
 def test_a_simulation_has_nothing_of_the_machine() -> None:
-    guest = sim_guest(GuestSettings())
+    guest = sim_guest(Settings())
     for port in (guest.network._port, guest.resolv._port, guest.clock._clock, guest.clock._zones):
         assert type(port).__module__.startswith("storaged.sim.")

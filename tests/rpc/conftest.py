@@ -13,7 +13,8 @@ import grpc.aio
 import pytest
 
 from storaged import runtime
-from storaged.addresses import UnixAddress
+from storaged.addresses import Address, UnixAddress
+from storaged.config import LimitsConfig, VsockConfig
 from storaged.core.model import Config
 from storaged.core.ports import Clock, JournalStore, World
 from storaged.guest.containers import Containers
@@ -25,6 +26,7 @@ from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc
 from storaged.rpc.server import Server
 from storaged.runtime import StorageService
 from storaged.sim import SimDisk, SimSysctl, make_world
+from storaged.sim.power import SimPower
 from storaged.units import GIB
 
 EMPTY = common_pb2.EmptyMessage()
@@ -49,6 +51,10 @@ class Guest:
 
     def __init__(self, directory: Path, size: int = 8 * GIB, device: int | None = None, config: Config = QUICK) -> None:
         self.disk = SimDisk(size, device)
+        self.power: SimPower | None = SimPower()
+        self.limits = LimitsConfig()
+        self.vsock = VsockConfig()
+        self.addresses: list[Address] = []
         self.config = config
         self.path = str(directory / "s")
         self.sysctl = SimSysctl(faults=self.disk.faults)
@@ -59,7 +65,8 @@ class Guest:
         self.containers: Containers | None = None
         self.users: Users | None = None
         self.service: StorageService
-        self._server: Server
+        self.server: Server
+        self.bound: list[Address] = []
         self._channel: grpc.aio.Channel
 
     @property
@@ -72,15 +79,18 @@ class Guest:
         self.world = make_world(self.disk, clock=RealTime(), sysctl=self.sysctl, journal=self.journal)
         self.service = StorageService(self.world, self.config)
         await self.service.start()
-        self._server = Server(
+        self.server = Server(
             self.service,
             processes=self.processes,
             mounts=self.mounts,
             termina=self.termina,
             containers=self.containers,
             users=self.users,
+            power=self.power,
+            limits=self.limits,
+            vsock=self.vsock,
         )
-        await self._server.start([UnixAddress(self.path)])
+        self.bound = await self.server.start([UnixAddress(self.path), *self.addresses])
         self._channel = grpc.aio.insecure_channel(f"unix:{self.path}")
         self.maitred: vm_guest_pb2_grpc.MaitredAsyncStub = vm_guest_pb2_grpc.MaitredStub(self._channel)
         self.storage: storaged_v1_pb2_grpc.StorageAsyncStub = storaged_v1_pb2_grpc.StorageStub(self._channel)
@@ -88,7 +98,7 @@ class Guest:
     async def stop(self) -> None:
         """Stop it as SIGTERM does."""
         await self._channel.close()
-        await self._server.stop(0.1)
+        await self.server.stop(0.1)
         await self.service.stop()
 
     @property

@@ -1,0 +1,102 @@
+"""The other direction: a gRPC client reaches AF_VSOCK through a unix socket of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+
+from storaged.addresses import VsockAddress
+
+log = logging.getLogger(__name__)
+BUFFER = 64 << 10
+"""Bytes that may wait for a slow reader."""
+
+
+class PrivateDirectory:
+    """A directory only we may enter, for a socket between our own parts."""
+
+    def __init__(self, parent: str | None = None) -> None:
+        import tempfile
+
+        where = parent or os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or None
+        if where is None and os.access("/run", os.W_OK):
+            where = "/run"
+        self.path = tempfile.mkdtemp(prefix="storaged-", dir=where)  # 0700
+
+    def socket(self, name: str) -> str:
+        """The path of a socket in it."""
+        return os.path.join(self.path, name)
+
+    def remove(self) -> None:
+        """Take it away with all that is in it."""
+        import shutil
+
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+Connect = Callable[[], Awaitable[socket.socket]]
+
+
+def to_vsock(address: VsockAddress) -> Connect:
+    """How to connect to `address`."""
+
+    async def connect() -> socket.socket:
+        outside = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            await asyncio.get_running_loop().sock_connect(outside, (address.cid, address.port))
+        except BaseException:
+            outside.close()
+            raise
+        return outside
+
+    return connect
+
+
+class Outward:
+    """A unix socket whose connections go out by `connect`: for a gRPC client."""
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._server: asyncio.Server | None = None
+        self._carrying: set[asyncio.Task[None]] = set()
+
+    async def start(self, path: str) -> None:
+        """Serve `path`."""
+        self._server = await asyncio.start_unix_server(self._begin, path, limit=BUFFER)
+
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._carry(reader, writer))
+        self._carrying.add(task)
+        task.add_done_callback(self._carrying.discard)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far: asyncio.StreamWriter | None = None
+        try:
+            far_reader, far = await asyncio.open_connection(sock=await self._connect(), limit=BUFFER)
+            await asyncio.gather(_pump(reader, far), _pump(far_reader, writer))
+        except OSError as error:
+            log.debug("no way out: %s", error)
+        finally:
+            for one in (writer, far):
+                if one is not None:
+                    one.close()
+
+    async def close(self) -> None:
+        """End everything."""
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._carrying):
+            task.cancel()
+        await asyncio.gather(*self._carrying, return_exceptions=True)
+        await asyncio.sleep(0)  # transports close in the loop's next round
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(BUFFER):
+        writer.write(data)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()

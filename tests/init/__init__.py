@@ -1,0 +1,1 @@
+"""The units under a real service manager, in a container of this machine's own system."""
