@@ -87,7 +87,7 @@ class LimitsConfig:
         },
     )
     calls: int = field(
-        default=2048,
+        default=4096,
         metadata={
             "help": "Unary calls that run at once, more than one vsock peer may have; beyond: RESOURCE_EXHAUSTED.",
             "least": 8,
@@ -95,7 +95,7 @@ class LimitsConfig:
         },
     )
     calls_per_connection: int = field(
-        default=128,
+        default=448,
         metadata={
             "help": "Calls and streams of one connection at once; more wait at the caller.",
             "least": 4,

@@ -90,7 +90,7 @@ critical_dirty = "1MiB"
         ("[serve]\nrelease = 1", "release"),
         ("[tls]\ncertificate = '/x'", "belong together"),
         ("[limits]\ncalls = 7", "from 8 to 65536"),
-        ("[limits]\ncalls = 1024", "one peer must not"),
+        ("[limits]\ncalls = 3584", "one peer must not"),
         ("[limits]\ncalls = 8.5", "calls"),
         ("[limits]\nmessage_bytes = '1GiB'", "from 16.0 KiB to 64.0 MiB"),
         ("[limits]\nkeepalive_s = 200", "idle_s"),
@@ -232,7 +232,7 @@ def test_a_table_may_hold_tables_and_check_itself() -> None:
 
 def test_what_a_running_daemon_does_not_take_is_named() -> None:
     old = Settings()
-    new = parse({"serve": {"stateful": "/x", "log_level": "debug"}, "vsock": {"cids": [3]}, "limits": {"calls": 2000}})
+    new = parse({"serve": {"stateful": "/x", "log_level": "debug"}, "vsock": {"cids": [3]}, "limits": {"calls": 5000}})
     assert restart_needed(old, new) == ["serve.stateful", "limits.calls"]
     assert restart_needed(old, old) == []
 

@@ -204,7 +204,7 @@ def test_on_sighup_new_settings_are_in_force_and_broken_ones_change_nothing(tmp_
         assert level(5 * GIB) == "STATUS=NORMAL"
         write(
             file,
-            "[storage]\nlow_enter = '6GiB'\nlow_leave = '8GiB'\n[limits]\ncalls = 2000\n[serve]\nlog_level = 'debug'",
+            "[storage]\nlow_enter = '6GiB'\nlow_leave = '8GiB'\n[limits]\ncalls = 5000\n[serve]\nlog_level = 'debug'",
         )
         reload()
         manager.wait("RELOADING=1")

@@ -364,7 +364,7 @@ async def test_an_answer_that_cannot_be_sent_is_an_internal_error(
 
     instead(guest, monkeypatch, many)
     assert (await refused(ask(guest)))[0] is CODE.INTERNAL
-    assert handled(guest, "GetAvailableSpace") == {"INTERNAL": 1}
+    await until(lambda: _true(handled(guest, "GetAvailableSpace") == {"INTERNAL": 1}))
 
 
 async def test_a_message_that_quotes_too_much_is_cut(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from tests.rpc.conftest import EMPTY
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS, VSOCK = LimitsConfig(), VsockConfig()
 MOST_GROWTH = 2 * VSOCK.connections_per_cid * LIMITS.calls_per_connection * LIMITS.message_bytes
-"""Of the daemon's memory, whatever one context id does: 128 MiB. Twice: gRPC's buffer, and the message made from it."""
+"""Of the daemon's memory, whatever one context id does. Twice: gRPC's buffer, and the message made from it."""
 
 
 class Daemon:
@@ -166,7 +166,7 @@ async def test_calls_without_end_and_as_large_as_they_may_be(daemon: Daemon) -> 
             calls: list[Any] = [channel.unary_unary("/vm_tools.Maitred/GetResizeBounds") for channel in channels]
             await asyncio.gather(*(one(call) for call in calls for _ in range(160)))
         assert sum(ends.values()) == 24 * 160 * 3
-        assert set(ends) <= {"OK", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}, ends
+        assert set(ends) <= {"OK", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED"}, ends
         assert ends["OK"]
         assert host.report(f"11,520 calls of {most // KIB} KiB") < MOST_GROWTH
     for channel in channels:
@@ -174,11 +174,11 @@ async def test_calls_without_end_and_as_large_as_they_may_be(daemon: Daemon) -> 
 
 
 async def test_watchers_that_never_read(daemon: Daemon) -> None:
-    channels = _channels(daemon, 16)
+    channels = _channels(daemon, 8)
     request = storaged_v1_pb2.WatchRequest(min_interval_s=0.2).SerializeToString()
     async with Host(daemon) as host:
         calls: list[Any] = [channel.unary_stream("/storaged.v1.Storage/Watch") for channel in channels]
-        watches = [call(request, timeout=20) for call in calls for _ in range(12)]
+        watches = [call(request, timeout=20) for call in calls for _ in range(24)]
         ends: Counter[str] = Counter()
 
         async def first(watch: Any) -> None:
