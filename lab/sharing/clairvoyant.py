@@ -1,0 +1,42 @@
+"""What must be denied even by a sharer that knows every demand and every deletion, and keeps nothing in reserve.
+
+A wanted byte is an interval from its write to its deletion, and the disk is the number of intervals that may overlap.
+The most that can be had is found by going through time and, where too many overlap, giving up those that would stay
+longest (the greedy for k-colourable subgraphs of interval graphs: Carlisle and Lloyd, 1995; exchanging a byte given
+up for one that leaves earlier never makes the future worse, and this holds for a disk whose size varies, too).
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from lab.sharing.workload import Workload
+
+
+def denied(workload: Workload) -> int:
+    """The least number of bytes that any sharer has to deny on `workload`."""
+    alive: dict[int, int] = {}  # bytes by the step at which they leave
+    latest: list[int] = []
+    total = lost = 0
+    for step in range(workload.steps):
+        total -= alive.pop(step, 0)
+        for _, size, until in workload.wants[step]:
+            if until not in alive:
+                alive[until] = 0
+                heapq.heappush(latest, -until)
+            alive[until] += size
+            total += size
+        over = total - (workload.room - workload.outside[step])
+        while over > 0:
+            until = -latest[0]
+            have = alive.get(until, 0)
+            gives = min(have, over)
+            over -= gives
+            total -= gives
+            lost += gives
+            if gives == have:
+                alive.pop(until, None)
+                heapq.heappop(latest)
+            else:
+                alive[until] = have - gives
+    return lost
