@@ -13,7 +13,7 @@ import heapq
 from lab.sharing.workload import Workload
 
 
-def denied(workload: Workload) -> int:
+def in_hindsight(workload: Workload) -> int:
     """The least number of bytes that any sharer has to deny on `workload`."""
     alive: dict[int, int] = {}  # bytes by the step at which they leave
     latest: list[int] = []
@@ -39,4 +39,20 @@ def denied(workload: Workload) -> int:
                 heapq.heappop(latest)
             else:
                 alive[until] = have - gives
+    return lost
+
+
+def denied(workload: Workload) -> int:
+    """Bytes denied by a sharer that knows every demand: no promise lies idle, nothing is held back, and it denies
+    only when the disk is full to the last byte."""
+    leaves: dict[int, int] = {}
+    held = lost = 0
+    for step in range(workload.steps):
+        held -= leaves.pop(step, 0)
+        room = workload.room - workload.outside[step]
+        for _, size, until in workload.wants[step]:
+            gets = max(min(size, room - held), 0)
+            lost += size - gets
+            held += gets
+            leaves[until] = leaves.get(until, 0) + gets
     return lost

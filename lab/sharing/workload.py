@@ -14,6 +14,7 @@ from storaged.units import GIB, KIB, MIB
 
 STEP_S = 0.25
 NEVER = 1 << 60
+OUTSIDE_MOST = GIB // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def _builder(draft: _Draft, index: int, plan: Plan, end_s: float) -> None:
     rng = draft.rng
     at_s = rng.expovariate(1 / 200)
     while at_s < end_s:
-        size, rate = rng.uniform(1, 12) * GIB, rng.uniform(40, 250) * MIB
+        size, rate = rng.uniform(1, 12) * GIB, rng.uniform(40, 400) * MIB
         at_s = draft.write(index, plan, at_s, size * 0.9, rate, rng.uniform(30, 400))
         at_s = draft.write(index, plan, at_s, size * 0.1, rate, rng.expovariate(1 / 1800))
         at_s += rng.expovariate(1 / 300)
@@ -134,7 +135,7 @@ def _hoarder(draft: _Draft, index: int, plan: Plan, end_s: float) -> None:
     at_s = rng.uniform(300, 3000)
     while at_s < end_s:
         keeps = rng.uniform(900, 2400) if rng.random() < 0.7 else None
-        at_s = draft.write(index, plan, at_s, rng.uniform(10, 40) * GIB, rng.uniform(60, 200) * MIB, keeps)
+        at_s = draft.write(index, plan, at_s, rng.uniform(10, 40) * GIB, rng.uniform(60, 500) * MIB, keeps)
         at_s += rng.uniform(1500, 4000)
 
 
@@ -154,10 +155,35 @@ def draw(seed: int, seconds: float = 7200.0) -> Workload:
         guests.append(plan)
         _trickle(draft, index, plan, seconds)
         kind(draft, index, plan, seconds)
+    for _ in range(rng.randint(0, 2)):
+        _update(draft, guests, rng.uniform(0, seconds))
     for wants in draft.wants:
         rng.shuffle(wants)
-    room = rng.randint(30, 70) * GIB
-    return Workload(seed, steps, room, guests, draft.wants, _outside(rng, steps, room))
+    room = max(int(_peak(draft.wants) * rng.uniform(0.3, 0.8)), 8 * GIB)
+    return Workload(seed, steps, room, guests, draft.wants, _outside(rng, steps))
+
+
+def _peak(wants: list[list[Want]]) -> int:
+    """The most that guests would hold at once on an endless disk: rooms are a part of it, or nothing is scarce."""
+    held = most = 0
+    leaves: dict[int, int] = {}
+    for step, here in enumerate(wants):
+        held -= leaves.pop(step, 0)
+        for _, size, until in here:
+            held += size
+            leaves[until] = leaves.get(until, 0) + size
+        most = max(most, held)
+    return most
+
+
+def _update(draft: _Draft, plans: list[Plan], at_s: float) -> None:
+    """The hour of updates: every guest fetches and unpacks the same, within a few seconds."""
+    rng = draft.rng
+    size = rng.uniform(0.5, 3) * GIB
+    for index, plan in enumerate(plans):
+        begins_s = at_s + rng.expovariate(1 / 5)
+        ends_s = draft.write(index, plan, begins_s, size, rng.uniform(50, 200) * MIB, 120)
+        draft.write(index, plan, ends_s, size / 2, rng.uniform(50, 200) * MIB, None)
 
 
 def _plan(rng: random.Random, name: str, steps: int) -> Plan:
@@ -184,22 +210,25 @@ def _windows(
     return tuple(windows)
 
 
-def _outside(rng: random.Random, steps: int, room: int) -> list[int]:
-    """Others on the host: a stream of logs, and bursts (backups, downloads, swap) that go away again."""
+def _outside(rng: random.Random, steps: int) -> list[int]:
+    """What others on the host hold beyond the usual: bursts (backups, downloads, swap) that go away again.
+
+    At most half of the smallest reserve, all together: no sharer of what is left could withstand more. When guests
+    have filled the disk down to the reserve, with data that they may keep, the reserve is all that others have.
+    """
     changes = [0] * (steps + 1)
-    at_s = rng.expovariate(1 / 400)
-    held = 0.0
+    at_s = rng.expovariate(1 / 300)
     while at_s < steps * STEP_S:
-        size, rate = rng.uniform(0.2, 3.0) * GIB, rng.uniform(20, 150) * MIB
+        size, rate = rng.uniform(0.05, 0.5) * GIB, rng.uniform(20, 150) * MIB
         begin, takes = int(at_s / STEP_S), int(size / rate / STEP_S) + 1
         for step in range(begin, min(begin + takes, steps)):
             changes[step] += int(size / takes)
-        gone = begin + takes + int(rng.expovariate(1 / 900) / STEP_S)
+        gone = begin + takes + int(rng.expovariate(1 / 300) / STEP_S)
         if gone < steps:
             changes[gone] -= int(size / takes) * takes
-        at_s += rng.expovariate(1 / 600)
-    outside = []
-    for step in range(steps):
-        held += changes[step] + 256 * KIB * STEP_S
-        outside.append(min(int(held), room // 2))
+        at_s += rng.expovariate(1 / 300)
+    held, outside = 0, []
+    for change in changes[:steps]:
+        held += change
+        outside.append(min(held, OUTSIDE_MOST))
     return outside

@@ -32,7 +32,7 @@ class Sharing:
     dwell_s: float = field(default=10.0, metadata={"help": "Seconds that a better level must last before it counts."})
     looks: float = field(default=20.0, metadata={"help": "Looks at the pool until it would be full at this rate."})
     poll_least_s: float = field(default=0.25, metadata={"help": "Shortest time between two looks, in seconds."})
-    poll_most_s: float = field(default=5.0, metadata={"help": "Longest time between two looks, in seconds."})
+    poll_most_s: float = field(default=1.0, metadata={"help": "Longest time between two looks, in seconds."})
     poll_soon_s: float = field(default=0.1, metadata={"help": "Seconds until the look after a guest has answered."})
     answer_s: float = field(default=5.0, metadata={"help": "Seconds after which a guest without answer is hanging."})
     retry_first_s: float = field(default=1.0, metadata={"help": "Seconds until a failed grant is sent again."})
