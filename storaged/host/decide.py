@@ -11,10 +11,11 @@ from storaged.units import sector_floor
 
 @dataclass(slots=True)
 class _Claim:
-    """A guest's part in one decision. `held` is what it may still write."""
+    """A guest's part in one decision. `held` is what it may still write at most, `has` what it likely may."""
 
     guest: Guest
     held: int
+    has: int
     want: int = 0
     target: int = 0
     free_to_move: bool = True
@@ -22,7 +23,7 @@ class _Claim:
     @property
     def urgent(self) -> bool:
         """It is close to empty, or asks."""
-        return 4 * self.held < self.want or self.guest.pleads > 0
+        return 4 * self.has < self.want or self.guest.pleads > 0
 
 
 @dataclass(slots=True)
@@ -79,9 +80,9 @@ def _claims(state: State, at: float) -> tuple[list[_Claim], int, int, int]:
             fixed += held
         elif flight:
             settling += held - flight.size
-            claims.append(_Claim(guest, flight.size, free_to_move=False))
+            claims.append(_Claim(guest, flight.size, flight.size, free_to_move=False))
         else:
-            claims.append(_Claim(guest, held, free_to_move=at >= guest.retry_at))
+            claims.append(_Claim(guest, held, min(held, guest.likely), free_to_move=at >= guest.retry_at))
     return claims, fixed, settling, promised
 
 
@@ -95,14 +96,14 @@ def _bind(claims: list[_Claim], purse: _Purse) -> None:
 def _grow(state: State, claims: list[_Claim], division: Division, purse: _Purse, keep: int) -> int:
     """Raise those who are below their target, the emptiest first; returns how much they lack in the end."""
     unmet = 0
-    for claim in sorted(claims, key=lambda claim: claim.held / max(claim.want, 1)):
+    for claim in sorted(claims, key=lambda claim: claim.has / max(claim.want, 1)):
         band = state.settings.least if claim.urgent else _band(claim.target, division, state)
-        if not claim.free_to_move or claim.target - claim.held < band:
+        if not claim.free_to_move or claim.target - claim.has < band:
             continue
         size = sector_floor(max(min(claim.target, purse.left - keep), 0))
-        if size - claim.held >= band:
+        if size - claim.has >= band:
             purse.send(claim, size)
-        unmet += claim.target - max(size, claim.held)
+        unmet += claim.target - max(size, claim.has)
     return unmet
 
 

@@ -9,7 +9,9 @@ when a grant is applied. A grant of `g`, applied when the image took B', sets it
 2. B' is at most the largest image seen from before the grant was sent until after it was acknowledged, as long as the
    guest did not write and discard again in between, unseen. The reserve pays for that, and the guest's own words
    (`available`) can raise the ceiling; they never lower it.
-3. A call that failed, but perhaps arrived, stays counted until a later one is acknowledged: they are applied in order.
+3. What the guest `likely` may still write can be less: it discarded a lot while a grant was on its way, and that came
+   on top of the smaller grant only for us. Safety never counts on it, but such a guest is in need, and told anew.
+4. A call that failed, but perhaps arrived, stays counted until a later one is acknowledged: they are applied in order.
 """
 
 from __future__ import annotations
@@ -32,9 +34,13 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The image grows to `ceiling` at most. Not `bound`: nothing is known but the size of the disk."""
+    """The image grows to `ceiling` at most, to `likely` if it applied the last grant when it said so.
+
+    Not `bound`: nothing is known but the size of the disk.
+    """
 
     ceiling: int = 0
+    likely: int = 0
     bound: bool = False
     granted: int = 0
     flight: Flight | None = None
@@ -42,7 +48,7 @@ class Lease:
 
 def kept(image: int, keeps: int | None) -> Lease:
     """The lease of a guest that is known to hold itself to `keeps`; unbound for None."""
-    return Lease() if keeps is None else Lease(image + keeps, bound=True, granted=keeps)
+    return Lease() if keeps is None else Lease(image + keeps, image + keeps, bound=True, granted=keeps)
 
 
 def sent(lease: Lease, image: int, seq: int, size: int, at: float) -> Lease:
@@ -77,7 +83,7 @@ def seen(lease: Lease, image: int, at: float) -> Lease:
     if lease.bound:
         ceiling = min(ceiling, lease.ceiling)
     # The guest's word counts where it makes the host more careful.
-    return Lease(max(ceiling, flight.available + peak), bound=True, granted=flight.size)
+    return Lease(max(ceiling, flight.available + peak), flight.size + image, bound=True, granted=flight.size)
 
 
 def outstanding(lease: Lease, image: int, size: int) -> int:

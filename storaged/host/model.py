@@ -56,6 +56,11 @@ class Guest:
             return outstanding(self.lease, self.image, self.size)
         return max(self.size - self.image, 0)
 
+    @property
+    def likely(self) -> int:
+        """What it may still write by its own reckoning: never more than `left`, and never counted on."""
+        return max(min(self.lease.likely - self.image, self.left), 0) if self.lease.bound else self.left
+
 
 @dataclass(frozen=True, slots=True)
 class Pool:
