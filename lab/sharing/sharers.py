@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bisect  # noqa: F401
-
 from lab.sharing.disk import Disk
 from storaged.host import events as ev
 from storaged.host.model import State

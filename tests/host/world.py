@@ -26,7 +26,8 @@ class Vm:
     hangs: bool = False
     sleeps: bool = False
     wrote_unseen: bool = False
-    liar: bool = False
+    liar: bool = False  # says that it has nothing
+    deaf: bool = False  # says that it obeys, and does not
     inbox: list[tuple[int, int]] = field(default_factory=list)
     outbox: list[tuple[int, int]] = field(default_factory=list)
 
@@ -55,6 +56,8 @@ class World:
     def write(self, name: str, size: int) -> int:
         vm = self.vms[name]
         size = min(size, vm.allowed, vm.size - vm.image) if vm.may_write else 0
+        if vm.deaf:
+            size = self._beyond(vm, size)
         if size > self.free:
             raise HostFull(f"{name} may write {size}, the disk has {self.free}")
         if size:
@@ -63,6 +66,15 @@ class World:
             vm.wrote_unseen = True
             self.free -= size
         return size
+
+    def _beyond(self, vm: Vm, size: int) -> int:
+        """What a guest takes that was not granted is like a burst of others: the reserve bears it until it is seen."""
+        lease = self.state.guests[vm.name].lease
+        granted = max(min(size, lease.ceiling - vm.image), 0) if lease.bound else size
+        taken = min(size - granted, self.outside_budget)
+        self.outside_budget -= taken
+        self.outside_unseen += taken
+        return granted + taken
 
     def discard(self, name: str, size: int) -> None:
         """Hand blocks back. What is written and discarded again before anybody looks is the reserve's business."""
@@ -92,7 +104,8 @@ class World:
         if not vm.inbox or vm.hangs or vm.sleeps:
             return
         seq, size = vm.inbox.pop(0)
-        vm.allowed = min(size, vm.size - vm.image)
+        if not vm.deaf or vm.booting:
+            vm.allowed = min(size, vm.size - vm.image)
         vm.booting = False
         vm.outbox.append((seq, 0 if vm.liar else vm.allowed))
 
