@@ -82,9 +82,9 @@ def _show(runs: list[Run]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     console.print(
-        "s full: seconds with not a byte left; worst: on one seed. GiB lost: writes that were promised and met a full disk.\n"
-        "clairvoyant: knows every demand as it comes, holds nothing back. in hindsight: knows deletions too, and refuses\n"
-        "what would stay longest; no sharer of room could, it is the bound that nobody passes. calls: mean of a seed.",
+        "s full: seconds with not a byte left; worst: on one seed. GiB lost: promised, and met a full disk.\n"
+        "clairvoyant: knows every demand as it comes, holds nothing back. calls: mean of a seed.\n"
+        "in hindsight: knows deletions too, and refuses what would stay longest; the bound that nobody passes.",
         style="dim",
         highlight=False,
     )

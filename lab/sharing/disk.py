@@ -61,7 +61,7 @@ class Disk:
         self.free = workload.room
         self.calls = 0
         self.vms = [Vm(plan, plan.image) for plan in workload.guests]
-        self._rng = random.Random(workload.seed)  # noqa: S311  # the same every time
+        self._rng = random.Random(workload.seed)  # the same every time
         self._sharer = sharer(self)
         self._moments = self._schedule()
         self._deletes: dict[int, list[tuple[int, int]]] = {}

@@ -145,7 +145,7 @@ KINDS: list[tuple[Kind, int]] = [(_idle, 3), (_desktop, 4), (_builder, 3), (_dat
 
 def draw(seed: int, seconds: float = 7200.0) -> Workload:
     """The workload of `seed`."""
-    rng = random.Random(seed)  # noqa: S311  # a simulation must be the same every time
+    rng = random.Random(seed)  # the same every time
     steps = int(seconds / STEP_S)
     draft = _Draft(rng, steps, [[] for _ in range(steps)])
     guests: list[Plan] = []

@@ -82,8 +82,9 @@ def seen(lease: Lease, image: int, at: float) -> Lease:
     ceiling = flight.size + peak
     if lease.bound:
         ceiling = min(ceiling, lease.ceiling)
-    # The guest's word counts where it makes the host more careful.
-    return Lease(max(ceiling, flight.available + peak), flight.size + image, bound=True, granted=flight.size)
+    # The guest's word counts where it makes the host more careful: what it could not take from its applications.
+    ceiling += max(flight.available - flight.size, 0)
+    return Lease(ceiling, flight.size + image, bound=True, granted=flight.size)
 
 
 def outstanding(lease: Lease, image: int, size: int) -> int:

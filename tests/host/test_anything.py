@@ -12,26 +12,30 @@ from storaged.host.settings import Sharing
 from storaged.units import GIB, MIB
 from tests.host.world import Vm, World
 
-NAMES = ["a", "b", "c", "d"]
+NAMES = ["a", "b", "c"]
 names = st.sampled_from(NAMES)
 sizes = st.integers(0, 40 * GIB) | st.sampled_from([0, MIB, 64 * MIB, GIB, 8 * GIB, 1 << 50])
 moments = st.sampled_from([0.0, 0.05, 0.3, 1.0, 6.0, 40.0, 700.0])
 
 
 class Anything(RuleBasedStateMachine):
-    """Four guests at most, one disk, others who write on it."""
+    """Three guests at most, one disk, others who write on it."""
 
-    @initialize(free=st.sampled_from([3, 6, 20, 90]), kept=st.sampled_from([1 / 8, 0.0]))
-    def begin(self, free: int, kept: float) -> None:
+    @initialize(free=st.sampled_from([3, 6, 20, 90]), kept=st.sampled_from([1 / 8, 0.0]), begun=st.integers(0, 3))
+    def begin(self, free: int, kept: float, begun: int) -> None:
         free *= GIB
         self.world = World(free + 40 * GIB, free, State(Sharing(kept_share=kept)))
         self.world.epoch()
+        for name in NAMES[:begun]:
+            self.world.join(Vm(name, 500 * GIB, 0, 0, booting=False), keeps=0)
+        self.world.calm(3)
 
     def vm(self, name: str) -> Vm | None:
         return self.world.vms.get(name)
 
     @rule(name=names, size=st.sampled_from([2 * GIB, 30 * GIB, 500 * GIB]), weight=st.sampled_from([1.0, 1.0, 4.0]),
-          keeps=st.none() | st.integers(0, 2 * GIB), lies=st.sampled_from(["", "", "has nothing", "obeys"]))  # fmt: skip
+          keeps=st.none() | st.integers(0, 2 * GIB),
+          lies=st.sampled_from(["", "", "has nothing", "obeys"]))  # fmt: skip
     def join(self, name: str, size: int, weight: float, keeps: int | None, lies: str) -> None:
         if self.vm(name) is not None:
             return
@@ -74,6 +78,35 @@ class Anything(RuleBasedStateMachine):
                     self.world.write(each, size)
 
         self.world.epoch(between)
+
+    @rule(name=names, size=sizes, seconds=moments, twice=st.booleans(), look=st.booleans())
+    def spend_and_be_told(self, name: str, size: int, seconds: float, twice: bool, look: bool) -> None:
+        """A guest works, an epoch follows; it spends all it has before the grant reaches it, and all of that, too."""
+        if not (vm := self.vm(name)):
+            return
+        self.world.write(name, size)
+        self.world.pass_time(seconds)
+        self.world.epoch()
+        if vm.inbox:
+            self.world.write(name, 1 << 60)
+            self.world.apply(name)
+        if twice:
+            self.world.write(name, 1 << 60)
+        self.world.answer(name, look=look)
+
+    @rule(name=names, size=sizes, gone=st.booleans())
+    def be_told_too_late(self, name: str, size: int, gone: bool) -> None:
+        """The call fails though the grant arrives; a guest that ends has spent what no epoch saw."""
+        if not (vm := self.vm(name)) or vm.hangs or vm.sleeps:
+            return
+        self.world.epoch()
+        self.world.write(name, size)
+        if vm.inbox:
+            self.world.fail(name, certain=False)
+            self.world.apply(name)
+            self.world.write(name, size)
+        if gone:
+            self.world.end(name)
 
     @rule(name=names)
     def apply(self, name: str) -> None:
@@ -147,5 +180,5 @@ class Anything(RuleBasedStateMachine):
                 self.world.apply(name)
 
 
-Anything.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
+Anything.TestCase.settings = settings(max_examples=200, stateful_step_count=40)
 TestAnything = Anything.TestCase
