@@ -1,9 +1,9 @@
 """The host side's TOML file: pools, guests, how to share; every key checked, unknown ones refused.
 
-    [serve]            listen = ["tcp:127.0.0.1:7777"]
-    [sharing]          low = "4GiB"
-    [pool.vms]         path = "/var/lib/vms"
-    [guest.web]        address = "unix:/run/web.sock", image = "/var/lib/vms/web.img", weight = 2.0
+[serve]            listen = ["tcp:127.0.0.1:7777"]
+[sharing]          low = "4GiB"
+[pool.vms]         path = "/var/lib/vms"
+[guest.web]        address = "unix:/run/web.sock", image = "/var/lib/vms/web.img", weight = 2.0
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ def _sharing(table: Any) -> Sharing:
             most = 0.9 if key in _SHARES else 86400
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not 0 <= value <= most or (value < 0.01 and key not in _SHARES):
-                raise ConfigError(f"{where} = {value!r}: between {0 if key in _SHARES else 0.01} and {most} is accepted")
+                raise ConfigError(
+                    f"{where} = {value!r}: between {0 if key in _SHARES else 0.01} and {most} is accepted"
+                )
             values[key] = float(value)
         else:
             values[key] = _size(where, value)

@@ -102,6 +102,14 @@ def allocated(image: str) -> int | None:
         return None
 
 
+def logical(image: str) -> int:
+    """Bytes that the file would take with no hole in it; 0 when it cannot be read."""
+    try:
+        return os.stat(image).st_size
+    except OSError:
+        return 0
+
+
 class Watcher:
     """Takes epochs of one pool."""
 
