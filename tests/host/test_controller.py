@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from lab.agent import Agent, serve
+from lab.agent import agent, serve
 from storaged.addresses import TcpAddress, UnixAddress
 from storaged.host.config import GuestConfig, HostConfig, PoolConfig, Tls
 from storaged.host.controller import Controller
@@ -56,7 +56,7 @@ class Bench:
 
     def __init__(self, directory: Path, free: int | None, names: tuple[str, ...], pid_files: dict[str, Path]) -> None:
         self.source = Source(free)
-        self.agents = {name: Agent() for name in names}
+        self.agents = {name: agent() for name in names}
         self.directory = directory
         self.broken: list[str] = []
         guests = []
@@ -86,7 +86,7 @@ class Bench:
         return guest is not None and guest.lease.bound
 
     def allowed(self) -> int:
-        return sum(agent.allowed or 0 for agent in self.agents.values())
+        return sum(each.allowed or 0 for each in self.agents.values())
 
 
 @contextlib.asynccontextmanager
@@ -100,13 +100,13 @@ async def running(
     bench = Bench(directory, free, names, pid_files or {})
     for name in hanging:
         bench.agents[name].hangs = True
-    servers = [await serve(agent, directory / f"{name}.sock") for name, agent in bench.agents.items()]
+    servers = [await serve(each, directory / f"{name}.sock") for name, each in bench.agents.items()]
     task = asyncio.create_task(bench.controller.run())
     try:
         yield bench
     finally:
-        for agent in bench.agents.values():
-            agent.hangs = False
+        for each in bench.agents.values():
+            each.hangs = False
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -211,8 +211,8 @@ async def test_a_guest_announces_itself(tmp_path: Path) -> None:
     image = tmp_path / "a.img"
     image.write_bytes(b"")
     os.truncate(image, GIB)
-    agent = Agent()
-    server = await serve(agent, tmp_path / "a.sock")
+    member = agent()
+    server = await serve(member, tmp_path / "a.sock")
     config = HostConfig(
         (PoolConfig("p", str(tmp_path)),),
         (GuestConfig("a", UnixAddress(str(tmp_path / "a.sock")), str(image), "p", peer="ipv4:127.0.0.1"),),
@@ -221,13 +221,13 @@ async def test_a_guest_announces_itself(tmp_path: Path) -> None:
     host = Host(config)
     task = asyncio.create_task(host.run())
     try:
-        await until(lambda: agent.allowed is not None)
-        told = len(agent.told)
+        await until(lambda: member.allowed is not None)
+        told = len(member.told)
         address = host.listening[0]
         assert isinstance(address, TcpAddress)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{address.port}") as channel:
             await vm_host_pb2_grpc.StartupListenerStub(channel).VmReady(common_pb2.EmptyMessage())
-        await until(lambda: len(agent.told) > told)  # a fresh agent is told at once, whatever it was told before
+        await until(lambda: len(member.told) > told)  # a fresh agent is told at once, whatever it was told before
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
