@@ -149,11 +149,10 @@ async def _controller(directory: Path, crossings: int) -> None:
     idle_s = _cpu_s()
     await asyncio.sleep(WINDOW_S)
     idle = 100 * (_cpu_s() - idle_s) / WINDOW_S
-    rss = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-    print(json.dumps({**facts, "cpu_ms": cpu_ms, "idle_percent": idle, "rss_mib": int(rss.split()[1]) / 1024}))
+    print(json.dumps({**facts, "cpu_ms": cpu_ms, "idle_percent": idle, "rss_mib": resident(os.getpid()) / MIB}))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,19 @@ class Anything(RuleBasedStateMachine):
         if gone:
             self.world.end(name)
 
+    @rule(name=names, size=sizes, more=sizes)
+    def be_told_and_discard(self, name: str, size: int, more: int) -> None:
+        """A grant is applied on top of much, which is discarded before the host looks again."""
+        if not (vm := self.vm(name)):
+            return
+        self.world.write(name, size)
+        self.world.pass_time(1.0)
+        self.world.epoch()
+        self.world.apply(name)
+        self.world.discard(name, more)
+        self.world.answer(name)
+        self.world.write(vm.name, 1 << 60)
+
     @rule(name=names)
     def apply(self, name: str) -> None:
         if self.vm(name):
