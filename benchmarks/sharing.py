@@ -1,7 +1,8 @@
 """One controller and a thousand guests' agents: from the pool crossing a threshold to the last guest answered.
 
 The controller is the real one, with real calls over a thousand sockets; the pool's free bytes are a number that the
-benchmark sets, and the images are empty sparse files. All agents live in one other process, which answers at once.
+benchmark sets, and the images are empty sparse files. All agents live in one
+other process, which answers at once (see `thousand`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import Goal, Row, percentile, say
-from lab.agent import agent
+from benchmarks.process import memory
 from storaged.addresses import UnixAddress
 from storaged.host.config import GuestConfig, PoolConfig
 from storaged.host.controller import Controller
@@ -26,7 +28,6 @@ from storaged.host.guests import GuestClient
 from storaged.host.levels import Level
 from storaged.host.settings import Sharing
 from storaged.host.watch import Watcher
-from storaged.rpc.proto import vm_guest_pb2_grpc
 from storaged.units import GIB
 
 SECTION = "sharing"
@@ -44,11 +45,12 @@ def measure(directory: Path, *, quick: bool) -> list[Row]:
     crossings = 5 if quick else 40
     say(f"{GUESTS} guests on one controller, {crossings} crossings")
     script = str(Path(__file__).resolve())
-    agents = subprocess.Popen([sys.executable, script, "agents", str(here)], stdout=subprocess.PIPE)
+    guests = [sys.executable, str(Path(script).with_name("thousand.py")), str(here), str(GUESTS)]
+    agents = subprocess.Popen(guests, stdout=subprocess.PIPE)
     try:
         assert agents.stdout is not None
         agents.stdout.readline()
-        command = [sys.executable, script, "controller", str(here), str(crossings)]
+        command = [sys.executable, script, str(here), str(crossings)]
         facts = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=600).stdout)
     finally:
         agents.terminate()
@@ -61,24 +63,8 @@ def measure(directory: Path, *, quick: bool) -> list[Row]:
         Row(SECTION, "guests told in a crossing", "", ours=told),
         Row(SECTION, "CPU of a crossing and back", "ms", ours=[facts["cpu_ms"]]),
         Row(SECTION, "CPU, nothing to do", "%", ours=[facts["idle_percent"]]),
-        Row(SECTION, "memory of the controller", "MiB", ours=[facts["rss_mib"]]),
+        Row(SECTION, "memory of the controller", "MB", ours=[facts["resident_mb"]]),
     ]
-
-
-async def _agents(directory: Path) -> None:
-    """A thousand sockets, one agent behind all."""
-    import grpc.aio
-
-    servers = []
-    for first in range(0, GUESTS, 100):
-        server = grpc.aio.server()
-        vm_guest_pb2_grpc.add_MaitredServicer_to_server(agent(), server)
-        for index in range(first, first + 100):
-            server.add_insecure_port(f"unix:{directory}/{index}.sock")
-        await server.start()
-        servers.append(server)
-    print("ready", flush=True)
-    await asyncio.Event().wait()
 
 
 class _Source:
@@ -152,13 +138,10 @@ async def _controller(directory: Path, crossings: int) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-    print(json.dumps({**facts, "cpu_ms": cpu_ms, "idle_percent": idle, "rss_mib": resident(os.getpid()) / MIB}))
+    print(json.dumps({**facts, "cpu_ms": cpu_ms, "idle_percent": idle, "resident_mb": memory(os.getpid()).resident}))
 
 
 if __name__ == "__main__":
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if sys.argv[1] == "agents":
-        asyncio.run(_agents(Path(sys.argv[2])))
-    else:
-        asyncio.run(_controller(Path(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(_controller(Path(sys.argv[1]), int(sys.argv[2])))
