@@ -26,6 +26,7 @@ from storaged.host.config import GuestConfig, PoolConfig
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
 from storaged.host.levels import Level
+from storaged.host.service import tune
 from storaged.host.settings import Sharing
 from storaged.host.watch import Watcher
 from storaged.units import GIB
@@ -142,6 +143,5 @@ async def _controller(directory: Path, crossings: int) -> None:
 
 
 if __name__ == "__main__":
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    tune()
     asyncio.run(_controller(Path(sys.argv[1]), int(sys.argv[2])))

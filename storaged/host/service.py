@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import resource
 import signal
 
 from storaged.addresses import Address
@@ -78,8 +80,20 @@ class Host:
             await self._listener.stop()
 
 
+def tune() -> None:
+    """Fit this process to very many guests: two descriptors each, and garbage looked for less often.
+
+    What a wave of calls leaves behind is freed by counting references; walking over a thousand guests' objects for
+    the rest, several times in a wave, took a fifth of it.
+    """
+    gc.set_threshold(100_000, 50, 100)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def serve(config: HostConfig) -> None:
     """Run until SIGTERM or SIGINT."""
+    tune()
     host = asyncio.create_task(Host(config).run())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

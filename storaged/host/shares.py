@@ -49,6 +49,13 @@ def next_wakeup(state: State) -> float | None:
 # --- what the rest is made of ---------------------------------------------------------------------------------
 
 
+def _holding(guest: Guest, lease: leases.Lease) -> Guest:
+    return Guest(
+        guest.name, guest.size, guest.image, guest.seen_at, guest.weight, guest.presence, lease, guest.counted,
+        guest.rate, guest.pleads, guest.pleads_until, guest.failures, guest.retry_at, guest.overran,
+    )  # fmt: skip  # written out: `replace` costs three times as much, and a thousand guests may be told at once
+
+
 def _with(state: State, guest: Guest) -> State:
     return replace(state, guests={**state.guests, guest.name: guest})
 
@@ -87,12 +94,12 @@ def _shared(state: State, at: float) -> Result:
     for name, size in sends:
         seq += 1
         guest = guests[name]
-        guests[name] = replace(guest, lease=leases.sent(guest.lease, guest.image, seq, size, at))
+        guests[name] = _holding(guest, leases.sent(guest.lease, guest.image, seq, size, at))
         grants.append(ev.SetGrant(name, size, seq))
     return replace(state, guests=guests, seq=seq), (*effects, *grants, ev.Publish())
 
 
-def _read(guest: Guest, image: int, at: float, state: State) -> tuple[Guest, ev.Note | None]:
+def _read(guest: Guest, image: int, at: float, state: State, counted: int | None) -> tuple[Guest, ev.Note | None]:
     """The guest after its image was read."""
     settings = state.settings
     over_s = at - guest.seen_at
@@ -109,7 +116,7 @@ def _read(guest: Guest, image: int, at: float, state: State) -> tuple[Guest, ev.
         note = ev.Note(ev.Topic.OVERRUN, text, guest.name, warning=True)
     pleads = guest.pleads if at < guest.pleads_until else 0
     read = Guest(
-        guest.name, guest.size, image, at, guest.weight, guest.presence, lease, guest.counted, rate, pleads,
+        guest.name, guest.size, image, at, guest.weight, guest.presence, lease, counted, rate, pleads,
         guest.pleads_until, guest.failures, guest.retry_at, overran,
     )  # fmt: skip  # written out: `replace` costs three times as much, and this runs for every guest at every look
     return read, note
@@ -136,8 +143,7 @@ def _pool_sampled(state: State, event: ev.PoolSampled) -> Result:
             same = False
         else:
             grew += image - guest.counted
-        read, note = _read(guest, image, max(event.at, guest.seen_at), state)
-        guests[name] = replace(read, counted=image)
+        guests[name], note = _read(guest, image, max(event.at, guest.seen_at), state, image)
         if note is not None:
             effects.append(note)
     pool = _measured(pool, event, grew if same and whole else None, settings)
@@ -220,7 +226,7 @@ def _guest_sampled(state: State, event: ev.GuestSampled) -> Result:
     if guest is None or not guest.runs or event.at < guest.seen_at:
         return state, ()
     flew = guest.lease.flight is not None
-    guest, note = _read(guest, event.image, event.at, state)
+    guest, note = _read(guest, event.image, event.at, state, guest.counted)
     effects: list[ev.Effect] = [] if note is None else [note]
     if flew and guest.lease.flight is None:
         effects.append(ev.Poll(min(state.settings.poll_soon_s, state.pool.interval_s)))
@@ -234,10 +240,14 @@ def _grant_acked(state: State, event: ev.GrantAcked) -> Result:
     took_s = event.at - guest.lease.flight.sent_at
     lease = leases.acked(guest.lease, event.seq, event.available, event.at)
     presence = guest.presence if guest.presence is Presence.SUSPENDED else Presence.UP
-    state = _with(state, replace(guest, lease=lease, presence=presence, failures=0, retry_at=0.0))
+    if presence is guest.presence and not guest.failures:
+        changed = _holding(guest, lease)
+    else:
+        changed = replace(guest, lease=lease, presence=presence, failures=0, retry_at=0.0)
     # A guest that hung is no measure of how fast the others shrink.
-    answer_s = max(state.pool.answer_s, min(took_s, state.settings.answer_s))
-    state = replace(state, pool=replace(state.pool, answer_s=answer_s))
+    took_s = min(took_s, state.settings.answer_s)
+    pool = replace(state.pool, answer_s=1.1 * took_s) if took_s > state.pool.answer_s else state.pool
+    state = State(state.settings, pool, {**state.guests, guest.name: changed}, state.seq, state.holds)
     poll = ev.Poll(min(state.settings.poll_soon_s, state.pool.interval_s))
     if presence is guest.presence:
         return state, (poll,)
