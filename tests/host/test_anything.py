@@ -94,9 +94,21 @@ class Anything(RuleBasedStateMachine):
             self.world.write(name, 1 << 60)
         self.world.answer(name, look=look)
 
+    @rule(name=names, heir=names)
+    def die_in_debt(self, name: str, heir: str) -> None:
+        """A guest ends that has spent what no epoch saw; another one wants all that seems to be left."""
+        if not self.vm(name) or not self.vm(heir) or name == heir:
+            return
+        self.world.calm(2)
+        self.world.write(name, 1 << 60)
+        self.world.end(name)
+        self.world.tell(ev.RoomAsked(heir, 1 << 50, self.world.now))
+        self.world.apply(heir)
+        self.world.write(heir, 1 << 60)
+
     @rule(name=names, size=sizes, gone=st.booleans())
     def be_told_too_late(self, name: str, size: int, gone: bool) -> None:
-        """The call fails though the grant arrives; a guest that ends has spent what no epoch saw."""
+        """The call fails though the grant arrives; and perhaps its guest ends."""
         if not (vm := self.vm(name)) or vm.hangs or vm.sleeps:
             return
         self.world.epoch()
