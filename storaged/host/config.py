@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 import tomllib
@@ -47,6 +48,32 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Discovery:
+    """What becomes of guests that announce themselves and are not configured; `{host}` is the caller's address."""
+
+    address: str
+    image: str
+    pool: str
+
+    def guest(self, peer: str) -> GuestConfig | None:
+        """The guest that calls from `peer`, as in `ipv4:10.0.0.5`; None when that is no place of its own."""
+        kind, _, host = peer.partition(":")
+        if kind == "vsock":
+            if not host.isascii() or not host.isdigit():
+                return None
+        elif kind in {"ipv4", "ipv6"}:
+            try:
+                host = str(ipaddress.ip_address(host))
+            except ValueError:
+                return None
+        else:
+            return None
+        within = f"[{host}]" if kind == "ipv6" else host
+        address = parse_address(self.address.replace("{host}", within))
+        return GuestConfig(host, address, self.image.replace("{host}", host), self.pool, peer=peer)
+
+
+@dataclass(frozen=True, slots=True)
 class Tls:
     """PEM files: who must have signed the guests' certificates, our certificate, its key. Empty: none."""
 
@@ -64,6 +91,7 @@ class HostConfig:
     listen: tuple[Address, ...] = ()
     sharing: Sharing = field(default_factory=Sharing)
     tls: Tls = field(default_factory=Tls)
+    discovery: Discovery | None = None
 
 
 def load(path: str) -> HostConfig:
@@ -80,7 +108,7 @@ def load(path: str) -> HostConfig:
 
 def parse(document: dict[str, Any]) -> HostConfig:
     """The settings in a document that was read. Raises ConfigError that names the key."""
-    _known("", document, ("serve", "sharing", "tls", "pool", "guest"))
+    _known("", document, ("serve", "sharing", "tls", "pool", "guest", "discovery"))
     pools = tuple(_pool(name, table) for name, table in _named("pool", document.get("pool", {})))
     if not pools:
         raise ConfigError("no pool: write [pool.NAME] with its path")
@@ -104,6 +132,7 @@ def parse(document: dict[str, Any]) -> HostConfig:
         tuple(_address("serve.listen", item) for item in listen),
         _sharing(document.get("sharing", {})),
         Tls(**{key: _text(f"tls.{key}", value) for key, value in tls.items()}),
+        _discovery(document["discovery"], pools) if "discovery" in document else None,
     )
 
 
@@ -158,12 +187,28 @@ def _pool(name: str, table: Any) -> PoolConfig:
     return PoolConfig(name, _path(f"{where}.path", table.get("path")), thin)
 
 
-def _guest(name: str, table: Any, pools: tuple[PoolConfig, ...]) -> GuestConfig:
-    where = f"guest.{name}"
-    table = _table(where, table, ("address", "image", "pool", "weight", "size", "pid_file", "peer"))
+def _of(where: str, table: dict[str, Any], pools: tuple[PoolConfig, ...]) -> str:
+    """The pool that a table names; the only one needs no name."""
     pool = table.get("pool", pools[0].name if len(pools) == 1 else "")
     if pool not in {each.name for each in pools}:
         raise ConfigError(f"{where}.pool = {pool!r}; known: {', '.join(each.name for each in pools)}")
+    return str(pool)
+
+
+def _discovery(table: Any, pools: tuple[PoolConfig, ...]) -> Discovery:
+    table = _table("discovery", table, ("address", "image", "pool"))
+    address = _text("discovery.address", table.get("address"))
+    image = _path("discovery.image", table.get("image"))
+    for key, value in (("address", address), ("image", image)):
+        if "{host}" not in value:
+            raise ConfigError(f"discovery.{key} = {value!r} must contain {{host}}: every guest has its own")
+    _address("discovery.address", address.replace("{host}", "192.0.2.1"))
+    return Discovery(address, image, _of("discovery", table, pools))
+
+
+def _guest(name: str, table: Any, pools: tuple[PoolConfig, ...]) -> GuestConfig:
+    where = f"guest.{name}"
+    table = _table(where, table, ("address", "image", "pool", "weight", "size", "pid_file", "peer"))
     weight = table.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.01 <= weight <= 100:
         raise ConfigError(f"{where}.weight = {weight!r}: a number between 0.01 and 100 is accepted")
@@ -171,7 +216,7 @@ def _guest(name: str, table: Any, pools: tuple[PoolConfig, ...]) -> GuestConfig:
         name,
         _address(f"{where}.address", table.get("address")),
         _path(f"{where}.image", table.get("image")),
-        pool,
+        _of(where, table, pools),
         float(weight),
         _size(f"{where}.size", table["size"]) if "size" in table else 0,
         _path(f"{where}.pid_file", table["pid_file"]) if "pid_file" in table else "",

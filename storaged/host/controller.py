@@ -92,12 +92,19 @@ class Controller:
         """Raises PoolError when the pool cannot be read at all."""
         self._watcher.glance()
 
+    def add(self, guest: GuestConfig) -> None:
+        """Another guest; its machine is looked for within a second."""
+        self._members.setdefault(guest.name, _Member(guest, Machine(guest.pid_file)))
+
     def ready(self, guest: str) -> None:
         """The guest's agent has just started: whatever held its balloon before may be gone."""
         member = self._members[guest]
-        if member.running:
-            self._left(member)
-        self._joined(member)
+        if not member.running:
+            self._joined(member)
+            return
+        if member.grant is not None:
+            member.grant.cancel()
+        self.tell(ev.GuestRestarted(guest, time.monotonic()))
 
     async def run(self) -> None:
         """Until cancelled. Guests keep what they were granted last."""

@@ -50,6 +50,14 @@ class GuestChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestRestarted:
+    """The guest's agent, or all of its machine, has started anew: it may know no bound, or still be bound."""
+
+    guest: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class GuestLeft:
     """The guest's machine has ended: nothing writes to its image any more. Never said of one that is merely silent."""
 
@@ -132,6 +140,7 @@ Event = (
     PoolSampled
     | GuestJoined
     | GuestChanged
+    | GuestRestarted
     | GuestLeft
     | GuestSampled
     | GrantAcked

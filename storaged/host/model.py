@@ -111,7 +111,8 @@ def charge(guest: Guest, settings: Sharing) -> int:
     # Its whole disk may be more than there is, and then nobody else could have anything.
     likely = 2 * (settings.base + int(guest.rate * settings.horizon_s))
     flight = guest.lease.flight
-    return min(max(guest.size - image, 0), likely + (flight.size if flight else 0)) + int(guest.overran)
+    likely = max(likely + (flight.size if flight else 0), guest.lease.ceiling - image)
+    return min(max(guest.size - image, 0), likely) + int(guest.overran)
 
 
 def books(state: State) -> Books:

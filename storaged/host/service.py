@@ -13,7 +13,7 @@ from storaged.host.config import GuestConfig, HostConfig, PoolConfig
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
 from storaged.host.listener import Listener
-from storaged.host.watch import FilesystemSource, Source, ThinSource, Watcher
+from storaged.host.watch import FilesystemSource, Source, ThinSource, Watcher, allocated
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +52,25 @@ class Host:
         return GuestClient(guest.name, guest.address, self._config.tls)
 
     def _ready(self, peer: str) -> bool:
-        known = self._by_peer.get(peer)
+        known = self._by_peer.get(peer) or self._discovered(peer)
         if known is None:
             return False
         controller, name = known
         log.info("%s is ready", name)
         controller.ready(name)
         return True
+
+    def _discovered(self, peer: str) -> tuple[Controller, str] | None:
+        """A guest that nobody configured, when that is allowed and its image is where it should be."""
+        discovery = self._config.discovery
+        guest = discovery.guest(peer) if discovery is not None else None
+        if guest is None or allocated(guest.image) is None:
+            return None
+        controller = next(each for each in self.controllers if each.pool.name == guest.pool)
+        log.info("%s is a new guest", guest.name)
+        controller.add(guest)
+        self._by_peer[peer] = controller, guest.name
+        return self._by_peer[peer]
 
     async def run(self) -> None:
         """Until cancelled. Raises StoragedError when it cannot begin."""

@@ -205,6 +205,17 @@ def _guest_changed(state: State, event: ev.GuestChanged) -> Result:
     return _shared(_with(state, replace(guest, weight=weight, size=size)), event.at)
 
 
+def _guest_restarted(state: State, event: ev.GuestRestarted) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or not guest.runs:
+        return state, ()
+    # The ceiling stays as the least that is charged: else a guest could have its debts forgotten by saying so.
+    lease = leases.Lease(guest.lease.ceiling, granted=guest.lease.granted)
+    guest = replace(guest, lease=lease, presence=Presence.DISCOVERED, failures=0, retry_at=0.0)
+    state, effects = _shared(_with(state, guest), event.at)
+    return state, (ev.Publish(), *effects)
+
+
 def _guest_left(state: State, event: ev.GuestLeft) -> Result:
     guest = state.guests.get(event.guest)
     if guest is None:
@@ -336,6 +347,7 @@ HANDLERS: dict[type[ev.Event], Callable[[State, Any], Result]] = {
     ev.PoolSampled: _pool_sampled,
     ev.GuestJoined: _guest_joined,
     ev.GuestChanged: _guest_changed,
+    ev.GuestRestarted: _guest_restarted,
     ev.GuestLeft: _guest_left,
     ev.GuestSampled: _guest_sampled,
     ev.GrantAcked: _grant_acked,

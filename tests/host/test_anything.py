@@ -172,6 +172,11 @@ class Anything(RuleBasedStateMachine):
         if self.vm(name):
             self.world.end(name)
 
+    @rule(name=names)
+    def restart(self, name: str) -> None:
+        if self.vm(name):
+            self.world.restart(name)
+
     @rule()
     def calm(self) -> None:
         self.world.calm(4)

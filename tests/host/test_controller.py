@@ -16,7 +16,7 @@ import pytest
 
 from lab.agent import agent, serve
 from storaged.addresses import TcpAddress, UnixAddress
-from storaged.host.config import GuestConfig, HostConfig, PoolConfig, Tls
+from storaged.host.config import Discovery, GuestConfig, HostConfig, PoolConfig, Tls
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
 from storaged.host.listener import Listener, peer_name
@@ -233,6 +233,33 @@ async def test_a_guest_announces_itself(tmp_path: Path) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
         await server.stop(None)
+
+
+async def test_a_guest_that_nobody_configured_is_found(tmp_path: Path) -> None:
+    with (tmp_path / "127.0.0.1.img").open("wb") as file:
+        file.truncate(GIB)
+    member = agent()
+    server = await serve(member, tmp_path / "127.0.0.1.sock")
+    discovery = Discovery(f"unix:{tmp_path}/{{host}}.sock", f"{tmp_path}/{{host}}.img", "p")
+    host = Host(HostConfig((PoolConfig("p", str(tmp_path)),), (), (TcpAddress("127.0.0.1", 0),), discovery=discovery))
+    task = asyncio.create_task(host.run())
+    try:
+        await until(lambda: bool(host.listening))
+        address = host.listening[0]
+        assert isinstance(address, TcpAddress)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{address.port}") as channel:
+            await vm_host_pb2_grpc.StartupListenerStub(channel).VmReady(common_pb2.EmptyMessage())
+        await until(lambda: member.allowed is not None)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await server.stop(None)
+
+
+@pytest.mark.parametrize("peer", ["unix:", "ipv4:../../etc", "vsock:1/..", "vsock:", "ipv6:"])
+def test_a_caller_without_a_place_of_its_own_is_no_guest(peer: str) -> None:
+    assert Discovery("tcp:{host}:8888", "/vms/{host}.img", "p").guest(peer) is None
 
 
 async def test_a_stranger_is_turned_away(tmp_path: Path) -> None:

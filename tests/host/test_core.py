@@ -194,3 +194,19 @@ def test_an_image_that_cannot_be_read_stops_all_growth() -> None:
     del told.images["b"]
     told.step(ev.RoomAsked("a", 9 * GIB, told.now))
     assert told.look(400 * GIB) == {}
+
+
+def test_saying_that_one_is_new_makes_no_debt_forgotten() -> None:
+    told = Told("a", "b")
+    told.answer(*told.sent.values())
+    told.look(40 * GIB)
+    before = books(told.state)
+    ceiling = told.state.guests["a"].lease.ceiling
+    assert ceiling > 4 * GIB
+    told.step(ev.GuestRestarted("a", told.now))
+    account = books(told.state)
+    assert account.promised + account.unbound >= before.promised
+    assert "a" in told.sent, "it is told anew at once"
+    told.answer(told.sent["a"])
+    told.look(40 * GIB)
+    assert established(told.state)

@@ -114,7 +114,7 @@ class World:
     def tell(self, event: ev.Event) -> None:
         held = established(self.state)
         self.state, effects = step(self.state, event)
-        if held and not isinstance(event, ev.PoolSampled | ev.GuestJoined | ev.GuestLeft):
+        if held and not isinstance(event, ev.PoolSampled | ev.GuestJoined | ev.GuestLeft | ev.GuestRestarted):
             assert established(self.state), f"nobody but the core can have broken it: {event}"
         for effect in effects:
             match effect:
@@ -180,6 +180,11 @@ class World:
         del self.vms[name]
         self.calls.pop(name, None)
         self.tell(ev.GuestLeft(name, self.now))
+
+    def restart(self, name: str) -> None:
+        """Its agent starts anew, and says so; what was on its way may be applied all the same."""
+        self.calls.pop(name, None)
+        self.tell(ev.GuestRestarted(name, self.now))
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
