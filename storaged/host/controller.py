@@ -29,7 +29,7 @@ from storaged.host.watch import PoolError, Watcher, allocated, logical
 
 log = logging.getLogger(__name__)
 
-GLANCE_S = 0.05
+GLANCE_S = 0.02
 """A glance costs some microseconds. It has a thread of its own, which wakes the loop only when there is news."""
 MACHINES_S = 1.0
 WAKE_S = 0.05
