@@ -184,6 +184,9 @@ class Controller:
             await client.set_available(grant.size, self.state.pool.pressure.level, self.state.settings.answer_s)
         except NotTold as error:
             self.tell(ev.GrantFailed(name, grant.seq, error.message, time.monotonic(), certain=error.certain))
+        except Exception as error:  # whatever it is: a call that never ended would keep this guest from ever being told
+            log.exception("%s: telling %s failed", self.pool.name, name)
+            self.tell(ev.GrantFailed(name, grant.seq, type(error).__name__, time.monotonic()))
         else:
             self.tell(ev.GrantAcked(name, grant.seq, grant.size, time.monotonic()))
 

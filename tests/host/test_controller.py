@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from storaged.addresses import TcpAddress, UnixAddress
 from storaged.host.config import Discovery, GuestConfig, HostConfig, PoolConfig, Tls
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
+from storaged.host.levels import Level
 from storaged.host.listener import Listener, peer_name
 from storaged.host.model import Presence, State, books, established
 from storaged.host.service import Host
@@ -44,8 +46,11 @@ class Source:
 
     def __init__(self, free: int | None) -> None:
         self.value = free
+        self.hangs: threading.Event | None = None
 
     def free(self) -> int:
+        if self.hangs is not None:
+            self.hangs.wait(20)
         if self.value is None:
             raise PoolError("pool: Input/output error")
         return self.value
@@ -179,6 +184,34 @@ def machine() -> Iterator[subprocess.Popen[bytes]]:
     yield process
     process.kill()
     process.wait()
+
+
+async def test_an_error_that_nobody_foresaw_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+    tell = GuestClient.set_available
+
+    async def fails_twice(client: GuestClient, size: int, level: Level, within_s: float) -> None:
+        tries.append(size)
+        if len(tries) < 3:
+            raise ZeroDivisionError
+        await tell(client, size, level, within_s)
+
+    monkeypatch.setattr(GuestClient, "set_available", fails_twice)
+    async with running(tmp_path, 40 * GIB, "a") as bench:
+        await bench.until(lambda: bench.bound("a"))
+
+
+async def test_a_pool_that_hangs_stops_neither_calls_nor_the_end(tmp_path: Path) -> None:
+    async with running(tmp_path, 40 * GIB, "a") as bench:
+        await bench.until(lambda: bench.bound("a"))
+        bench.source.hangs = threading.Event()
+        try:
+            await asyncio.sleep(1.2)  # the next look hangs by now
+            told = len(bench.agents["a"].told)
+            bench.controller.ready("a")
+            await bench.until(lambda: len(bench.agents["a"].told) > told)
+        finally:
+            bench.source.hangs.set()
 
 
 async def test_what_an_ended_machine_had_goes_to_the_others(tmp_path: Path, machine: subprocess.Popen[bytes]) -> None:
