@@ -9,7 +9,7 @@ RUFF  := $(PY) -m ruff
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz lint docs format bench proto proto-check lock clean
+.PHONY: help setup demo test test-long fuzz lint docs format bench sim-sharing proto proto-check lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,9 @@ fuzz: setup ## Fuzz everything that reads what others wrote (ARGS='--runs 100000
 
 bench: setup ## Measure against real peers
 	@$(PY) benchmarks/run.py $(ARGS)
+
+sim-sharing: setup ## Compare ways to share a host's disk, simulated on the same demands
+	@$(PY) -m lab.sharing $(ARGS)
 
 proto: setup ## Generate the Python modules from the .proto files
 	@tools/proto.sh

@@ -1,0 +1,288 @@
+"""One pool's controller: looks, steps the sharing core, tells guests. One event loop owns the state.
+
+A look runs in the pool's own thread, a call to a guest in its own task with a deadline: neither a disk nor a guest
+that hangs holds up anybody. Besides whole looks there are glances, one statvfs: they find a crossing early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from storaged.host import events as ev
+from storaged.host.config import GuestConfig, PoolConfig
+from storaged.host.guests import NotTold
+from storaged.host.levels import Level, zone
+from storaged.host.machines import Machine
+from storaged.host.model import State
+from storaged.host.settings import Sharing
+from storaged.host.shares import next_wakeup, step
+from storaged.host.watch import PoolError, Watcher, allocated, logical
+
+log = logging.getLogger(__name__)
+
+GLANCE_S = 0.02
+"""A glance costs some microseconds. It has a thread of its own, which wakes the loop only when there is news."""
+MACHINES_S = 1.0
+WAKE_S = 0.05
+"""When the next thing is due is looked up this often at most: it takes a walk over all guests."""
+
+
+class Client(Protocol):
+    """A guest's agent; see `guests.GuestClient`."""
+
+    async def set_available(self, size: int, level: Level, within_s: float) -> None: ...
+    async def watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None: ...
+    async def close(self) -> None: ...
+
+
+Connect = Callable[[GuestConfig], Client]
+Observer = Callable[[State], None]
+
+
+@dataclass(slots=True)
+class _Member:
+    """A guest as the controller holds it. `grant`: the call under way."""
+
+    config: GuestConfig
+    machine: Machine
+    client: Client | None = None
+    grant: asyncio.Task[None] | None = None
+    watch: asyncio.Task[None] | None = None
+    running: bool = False
+
+
+class Controller:
+    """Shares one pool among its guests, from `run` until that is cancelled."""
+
+    def __init__(
+        self, pool: PoolConfig, guests: Sequence[GuestConfig], sharing: Sharing, watcher: Watcher, connect: Connect
+    ) -> None:
+        self.pool = pool
+        self.state = State(sharing)
+        self._watcher = watcher
+        self._connect = connect
+        self._members = {guest.name: _Member(guest, Machine(guest.pid_file)) for guest in guests}
+        self._events: deque[ev.Event] = deque()
+        self._news = asyncio.Event()
+        self._observers: list[Observer] = []
+        self._poll_at = self._wake_at = self._machines_at = self._rest_until = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"pool-{pool.name}")
+        self._unread = False
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def observe(self, observer: Observer) -> None:
+        """Have `observer` called after every change that others may want to see."""
+        self._observers.append(observer)
+
+    def tell(self, event: ev.Event) -> None:
+        """Something has happened; from the event loop's thread."""
+        self._events.append(event)
+        self._news.set()
+
+    def check(self) -> None:
+        """Raises PoolError when the pool cannot be read at all."""
+        self._watcher.glance()
+
+    def add(self, guest: GuestConfig) -> None:
+        """Another guest; its machine is looked for within a second."""
+        self._members.setdefault(guest.name, _Member(guest, Machine(guest.pid_file)))
+
+    def ready(self, guest: str) -> None:
+        """The guest's agent has just started: whatever held its balloon before may be gone."""
+        member = self._members[guest]
+        if not member.running:
+            self._joined(member)
+            return
+        if member.grant is not None:
+            member.grant.cancel()
+        self.tell(ev.GuestRestarted(guest, time.monotonic()))
+
+    async def run(self) -> None:
+        """Until cancelled. Guests keep what they were granted last."""
+        stop = threading.Event()
+        glances = threading.Thread(
+            target=self._glances, args=(asyncio.get_running_loop(), stop), name=f"glance-{self.pool.name}", daemon=True
+        )
+        glances.start()
+        looking: asyncio.Task[None] | None = None
+        try:
+            while True:
+                self._news.clear()
+                now = time.monotonic()
+                if now >= self._machines_at:
+                    self._machines_at = now + MACHINES_S
+                    self._machines()
+                while self._events:
+                    self._step(self._events.popleft())
+                now = time.monotonic()
+                if now >= self._wake_at:
+                    self._wake(now)
+                until = min(self._machines_at, self._wake_at)
+                if looking is None or looking.done():
+                    look_at = max(self._poll_at, self._rest_until)
+                    if now >= look_at:
+                        self._poll_at = look_at = now + self.state.settings.poll_most_s
+                        looking = asyncio.create_task(self._look())
+                    until = min(until, look_at)
+                if self._events:
+                    continue
+                try:
+                    async with asyncio.timeout(max(until - now, 0.001)):
+                        await self._news.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            stop.set()  # not joined: it may hang with the pool
+            if looking is not None:
+                looking.cancel()
+            for member in self._members.values():
+                await self._parted(member)
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    # --- the core
+
+    def _step(self, event: ev.Event) -> None:
+        self.state, effects = step(self.state, event)
+        publish = False
+        for effect in effects:
+            match effect:
+                case ev.SetGrant():
+                    member = self._members[effect.guest]
+                    member.grant = asyncio.create_task(self._grant(member, effect))
+                case ev.Poll(interval_s):
+                    self._poll_at = min(self._poll_at, time.monotonic() + interval_s)
+                case ev.Note():
+                    log.log(logging.WARNING if effect.warning else logging.INFO, "%s: %s", self.pool.name, effect.text)
+                case ev.Publish():
+                    publish = True
+        if publish:
+            for observer in self._observers:
+                observer(self.state)
+
+    def _wake(self, now: float) -> None:
+        wakes = next_wakeup(self.state)
+        if wakes is not None and wakes <= now:
+            self._step(ev.Tick(now))
+            wakes = next_wakeup(self.state)
+        self._wake_at = max(now + WAKE_S, wakes if wakes is not None else now + self.state.settings.answer_s)
+
+    async def _grant(self, member: _Member, grant: ev.SetGrant) -> None:
+        client, name = member.client, grant.guest
+        if client is None:
+            self.tell(ev.GrantFailed(name, grant.seq, "its machine has ended", time.monotonic(), certain=True))
+            return
+        try:
+            await client.set_available(grant.size, self.state.pool.pressure.level, self.state.settings.answer_s)
+        except NotTold as error:
+            self.tell(ev.GrantFailed(name, grant.seq, error.message, time.monotonic(), certain=error.certain))
+        except Exception as error:  # whatever it is: a call that never ended would keep this guest from ever being told
+            log.exception("%s: telling %s failed", self.pool.name, name)
+            self.tell(ev.GrantFailed(name, grant.seq, type(error).__name__, time.monotonic()))
+        else:
+            self.tell(ev.GrantAcked(name, grant.seq, grant.size, time.monotonic()))
+
+    # --- the pool
+
+    async def _look(self) -> None:
+        images = {name: member.config.image for name, member in self._members.items() if member.running}
+        loop, begun = asyncio.get_running_loop(), time.monotonic()
+        try:
+            sampled = await loop.run_in_executor(self._thread, self._watcher.take, images)
+        except PoolError as error:
+            # Nothing is known, so nothing is told: guests keep what they have.
+            if not self._unread:
+                log.warning("%s", error.message)
+            self._unread = True
+            self._poll_at = time.monotonic() + self.state.settings.poll_most_s
+            self._news.set()
+            return
+        if self._unread:
+            log.info("pool %s can be read again", self.pool.name)
+        self._unread = False
+        self._step(sampled)
+        # With very many guests a look takes its time: never more than a fifth of all, unless it is urgent.
+        ended = time.monotonic()
+        self._rest_until = ended + 4 * (ended - begun)
+        self._news.set()
+
+    def _glances(self, loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
+        """A thread: brings the next look forward when free crossed a threshold, or fell by an eighth of the reserve."""
+        seen_at: float | None = None
+        while not stop.wait(GLANCE_S):
+            pool, settings = self.state.pool, self.state.settings
+            if pool.at == seen_at:
+                continue  # no look yet, or it was called for already
+            try:
+                free = self._watcher.glance()
+            except PoolError:
+                continue  # the looks say so
+            if zone(free, settings) is not zone(pool.free, settings) or pool.free - free > pool.reserve // 8:
+                seen_at = pool.at
+                with contextlib.suppress(RuntimeError):  # the loop has just been closed
+                    loop.call_soon_threadsafe(self._hurry)
+
+    def _hurry(self) -> None:
+        self._poll_at = self._rest_until = 0.0
+        self._news.set()
+
+    # --- machines
+
+    def _machines(self) -> None:
+        for member in self._members.values():
+            runs = member.machine.runs()
+            if runs and not member.running:
+                self._joined(member)
+            elif not runs and member.running:
+                self._left(member)
+
+    def _joined(self, member: _Member) -> None:
+        config = member.config
+        image = allocated(config.image)
+        if image is None:
+            return  # no image: not prepared yet; `_machines` asks again
+        member.running = True
+        member.client = self._connect(config)
+        member.watch = asyncio.create_task(self._watch(member, member.client))
+        size = max(config.size or logical(config.image), image)
+        self.tell(ev.GuestJoined(config.name, size, image, time.monotonic(), config.weight))
+
+    def _left(self, member: _Member) -> None:
+        member.running = False
+        self._dropped(member)
+        self.tell(ev.GuestLeft(member.config.name, time.monotonic()))
+
+    async def _watch(self, member: _Member, client: Client) -> None:
+        name = member.config.name
+
+        def changed() -> None:
+            for observer in self._observers:
+                observer(self.state)
+
+        await client.watch(changed, lambda: self.tell(ev.GuestSilent(name, time.monotonic())))
+
+    def _dropped(self, member: _Member) -> None:
+        """Forget what belongs to a machine that has ended, without waiting for it."""
+        for task in (member.grant, member.watch):
+            if task is not None:
+                task.cancel()
+        if member.client is not None:
+            closing = asyncio.create_task(member.client.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        member.client = member.grant = member.watch = None
+
+    async def _parted(self, member: _Member) -> None:
+        for task in (member.grant, member.watch):
+            if task is not None:
+                task.cancel()
+        if member.client is not None:
+            await member.client.close()

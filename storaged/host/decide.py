@@ -1,0 +1,126 @@
+"""Which guests are told something else now: growth out of what nobody was promised, shrinking where that is short."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from storaged.host.demand import Division, divide
+from storaged.host.model import Guest, Presence, State, charge
+from storaged.units import sector_floor
+
+
+@dataclass(slots=True)
+class _Claim:
+    """A guest's part in one decision. `held` is what it may still write at most, `has` what it likely may."""
+
+    guest: Guest
+    held: int
+    has: int
+    want: int = 0
+    target: int = 0
+    free_to_move: bool = True
+
+    @property
+    def urgent(self) -> bool:
+        """It is close to empty, or asks."""
+        return 4 * self.has < self.want or self.guest.pleads > 0
+
+
+@dataclass(slots=True)
+class _Purse:
+    """What can still be promised; every grant costs its whole size until it is acknowledged (see `leases`)."""
+
+    left: int
+    sends: list[tuple[str, int]]
+
+    def send(self, claim: _Claim, size: int) -> None:
+        self.left -= size
+        self.sends.append((claim.guest.name, size))
+        claim.free_to_move = False
+
+
+def decide(state: State, at: float) -> list[tuple[str, int]]:
+    """Grants to send now, in this order. Keeps the promises within free less reserve, if they are."""
+    settings, pool = state.settings, state.pool
+    claims, fixed, settling, promised = _claims(state, at)
+    slack = pool.free - pool.reserve - promised
+    if not pool.whole and slack >= 0:
+        return []  # somebody's image is not in this epoch: what looks free may be spent
+    room = pool.free - pool.reserve - fixed
+    division = divide([claim.guest for claim in claims], room, at, settings)
+    for claim, want, target in zip(claims, division.wants, division.targets, strict=True):
+        claim.want, claim.target = want, target
+    purse = _Purse(slack, [])
+    keep = int(max(room, 0) * settings.kept_share)
+    _bind(claims, purse)
+    unmet = _grow(state, [claim for claim in claims if claim.urgent], division, purse, 0)
+    short = keep + unmet - settling - purse.left
+    if short > 0:
+        if slack < 0:
+            # Half of the reserve is there to shrink with.
+            purse.left = max(purse.left + pool.reserve // 2, 0)
+        _shrink(state, claims, division, purse, short)
+    if slack > 0 and purse.left > keep:
+        _grow(state, [claim for claim in claims if not claim.urgent], division, purse, keep)
+    return purse.sends
+
+
+def _claims(state: State, at: float) -> tuple[list[_Claim], int, int, int]:
+    """Those who can be given and taken from; what all others hold; what comes back when flights end; all of it."""
+    claims: list[_Claim] = []
+    fixed = settling = promised = 0
+    for guest in state.guests.values():
+        if not guest.runs:
+            continue
+        held = charge(guest, state.settings)
+        promised += held
+        flight = guest.lease.flight
+        hangs = guest.presence is Presence.HANGING and (flight or at < guest.retry_at)
+        if hangs or guest.presence is Presence.SUSPENDED:
+            fixed += held
+        elif flight:
+            settling += held - flight.size
+            claims.append(_Claim(guest, flight.size, flight.size, free_to_move=False))
+        else:
+            claims.append(_Claim(guest, held, min(held, guest.likely), free_to_move=at >= guest.retry_at))
+    return claims, fixed, settling, promised
+
+
+def _bind(claims: list[_Claim], purse: _Purse) -> None:
+    """Whoever knows no bound is told one first, even if it is nothing."""
+    for claim in claims:
+        if claim.free_to_move and not claim.guest.lease.bound:
+            purse.send(claim, sector_floor(max(min(claim.target, purse.left), 0)))
+
+
+def _grow(state: State, claims: list[_Claim], division: Division, purse: _Purse, keep: int) -> int:
+    """Raise those who are below their target, the emptiest first; returns how much they lack in the end."""
+    unmet = 0
+    for claim in sorted(claims, key=lambda claim: claim.has / max(claim.want, 1)):
+        band = state.settings.least if claim.urgent else _band(claim.target, division, state)
+        if not claim.free_to_move or claim.target - claim.has < band:
+            continue
+        size = sector_floor(max(min(claim.target, purse.left - keep), 0))
+        if size - claim.has >= band:
+            purse.send(claim, size)
+        unmet += claim.target - max(size, claim.has)
+    return unmet
+
+
+def _shrink(state: State, claims: list[_Claim], division: Division, purse: _Purse, short: int) -> None:
+    """Get `short` bytes from those who hold most above their target; what can be paid for may be less than that."""
+    for claim in sorted(claims, key=lambda claim: claim.held - claim.target, reverse=True):
+        if not claim.free_to_move or claim.held - claim.target < _band(claim.target, division, state):
+            continue
+        size = sector_floor(min(claim.target, purse.left))
+        purse.send(claim, size)
+        short -= claim.held - size
+        if short <= 0:
+            return
+
+
+def _band(target: int, division: Division, state: State) -> int:
+    settings = state.settings
+    return (
+        int(target * settings.band_roomy) if division.roomy else max(int(target * settings.band), settings.band_least)
+    )

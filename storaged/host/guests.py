@@ -1,0 +1,134 @@
+"""One guest's agent, called over gRPC: any `vm_tools.Maitred`, and more of it where it is a storaged.
+
+Every call has a deadline; nothing here waits for anybody else's guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+
+# gRPC would write its own view of every refused connection to stderr.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc
+import grpc.aio
+
+from storaged.addresses import Address, TcpAddress, UnixAddress
+from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.host.config import Tls
+from storaged.host.levels import Level
+from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
+from storaged.units import GIB
+
+log = logging.getLogger(__name__)
+
+HELD_BACK = GIB
+"""What a guest subtracts by itself from the number that it is told."""
+WATCH_INTERVAL_S = 1.0
+AGAIN_FIRST_S, AGAIN_MOST_S = 1.0, 30.0
+_NEVER_SENT = ("failed to connect to all addresses", "connections to all backends failing")
+_STATE = {
+    Level.NORMAL: vm_guest_pb2.DISK_NORMAL,
+    Level.LOW: vm_guest_pb2.DISK_LOW,
+    Level.CRITICAL: vm_guest_pb2.DISK_CRITICAL,
+}
+_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # a guest is never reached through the web's proxy
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+    ("grpc.max_receive_message_length", 1 << 20),  # a guest is not trusted to be brief
+]
+
+
+class NotTold(StoragedError):
+    """A guest did not take its grant. `certain`: it surely never saw it."""
+
+    kind = Kind.UNAVAILABLE
+
+    def __init__(self, message: str, *, certain: bool = False) -> None:
+        super().__init__(message)
+        self.certain = certain
+
+
+class GuestClient:
+    """The agent of the guest `name`. `report` is the newest that a storaged told; None for any other agent."""
+
+    def __init__(self, name: str, address: Address, tls: Tls | None = None) -> None:
+        self.name = name
+        self.report: storaged_v1_pb2.Report | None = None
+        self._channel = _channel(address, tls)
+        self._maitred = vm_guest_pb2_grpc.MaitredStub(self._channel)
+        self._storage = storaged_v1_pb2_grpc.StorageStub(self._channel)
+
+    async def set_available(self, size: int, level: Level, within_s: float) -> None:
+        """Let applications in the guest write `size` bytes. Raises NotTold."""
+        request = vm_guest_pb2.UpdateStorageBalloonRequest(state=_STATE[level], free_space_bytes=size + HELD_BACK)
+        try:
+            answer = await self._maitred.UpdateStorageBalloon(request, timeout=within_s)
+        except grpc.aio.AioRpcError as error:
+            raise _not_told(error) from None
+        if answer.result != vm_guest_pb2.SUCCESS:
+            raise NotTold("its balloon did not get there")
+
+    async def watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None:
+        """Keep `report` up to date for as long as this runs; returns when the agent is no storaged."""
+        wait_s = AGAIN_FIRST_S
+        while True:
+            try:
+                request = storaged_v1_pb2.WatchRequest(min_interval_s=WATCH_INTERVAL_S)
+                async for report in self._storage.Watch(request):
+                    self.report = report
+                    wait_s = AGAIN_FIRST_S
+                    changed()
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    log.info("%s is no storaged: it is told by UpdateStorageBalloon alone", self.name)
+                    return
+            if self.report is not None:
+                self.report = None
+                lost()
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, AGAIN_MOST_S)
+
+    async def close(self) -> None:
+        """End all calls."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._channel.close()
+
+
+def _not_told(error: grpc.aio.AioRpcError) -> NotTold:
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return NotTold("it did not answer in time")
+    # Only a call that found no connection was surely never sent; a lost connection may have carried it.
+    certain = code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NEVER_SENT)
+    return NotTold("nobody answers there" if certain else f"{code.name}: {details[:200]}", certain=certain)
+
+
+def _channel(address: Address, tls: Tls | None) -> grpc.aio.Channel:
+    if isinstance(address, UnixAddress):
+        return grpc.aio.insecure_channel(str(address), options=_OPTIONS)
+    if isinstance(address, TcpAddress):
+        target = f"{address.host}:{address.port}"
+        if tls is not None and tls.key:
+            return grpc.aio.secure_channel(target, _credentials(tls), options=_OPTIONS)
+        if address.loopback:
+            return grpc.aio.insecure_channel(target, options=_OPTIONS)
+        raise ConfigError(f"{address} needs [tls] with authority, certificate and key: it is not a loopback address")
+    raise ConfigError(f"{address}: reaching vsock is not built yet; use unix: or tcp:")
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    contents = []
+    for path in (tls.authority, tls.key, tls.certificate):
+        try:
+            with open(path, "rb") as file:
+                contents.append(file.read())
+        except OSError as error:
+            raise ConfigError(f"TLS file {path}: {error.strerror}") from error
+    return grpc.ssl_channel_credentials(*contents)

@@ -1,0 +1,132 @@
+"""Where guests announce themselves: `vm_tools.StartupListener`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+import grpc.aio
+
+from storaged.addresses import Address, TcpAddress, UnixAddress
+from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.host.config import Tls
+from storaged.rpc.proto import common_pb2, vm_host_pb2, vm_host_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+Ready = Callable[[str], bool]
+"""Called with whence a guest called, as in `ipv4:10.0.0.5` or `unix:`; False when no guest is known there."""
+
+
+def peer_name(peer: str) -> str:
+    """gRPC's peer without its port, brackets and escapes: `ipv6:%5B::1%5D:4711` is `ipv6:::1`."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind in {"ipv4", "ipv6"}:
+        return f"{kind}:{rest.rpartition(':')[0].strip('[]')}"
+    return f"{kind}:{rest}"
+
+
+class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
+    def __init__(self, ready: Ready) -> None:
+        self._ready = ready
+
+    async def VmReady(  # noqa: N802  # named as in the contract
+        self,
+        request: common_pb2.EmptyMessage,  # noqa: ARG002  # it is empty
+        context: Any,
+    ) -> common_pb2.EmptyMessage:
+        peer = peer_name(context.peer())
+        if not self._ready(peer):
+            log.warning("a guest that is not configured called from %s", peer)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no guest is configured with this peer")
+        return common_pb2.EmptyMessage()
+
+    async def VmInstallStatus(  # noqa: N802  # named as in the contract
+        self,
+        request: vm_host_pb2.VmInstallState,  # noqa: ARG002  # nothing in it is known
+        context: Any,  # noqa: ARG002  # as above
+    ) -> common_pb2.EmptyMessage:
+        return common_pb2.EmptyMessage()
+
+
+class Listener:
+    """Serves guests' announcements on any number of addresses."""
+
+    def __init__(self, ready: Ready, tls: Tls) -> None:
+        self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=256,
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1 << 16)],
+        )
+        vm_host_pb2_grpc.add_StartupListenerServicer_to_server(_Listener(ready), self._server)
+        self._tls = tls
+        self._sockets: list[str] = []
+
+    async def start(self, addresses: Sequence[Address]) -> list[Address]:
+        """Serve; the addresses with the ports chosen for port 0. Raises StoragedError."""
+        bound = [self._bind(address) for address in addresses]
+        await self._server.start()
+        return bound
+
+    def _bind(self, address: Address) -> Address:
+        try:
+            if isinstance(address, UnixAddress):
+                _clear(address.path)
+                mask = os.umask(0o177)  # ours alone from the moment it exists
+                try:
+                    self._server.add_insecure_port(str(address))
+                finally:
+                    os.umask(mask)
+                self._sockets.append(address.path)
+                return address
+            if isinstance(address, TcpAddress):
+                target = f"{address.host}:{address.port}"
+                if self._tls.key:
+                    return TcpAddress(address.host, self._server.add_secure_port(target, _credentials(self._tls)))
+                if address.loopback:
+                    return TcpAddress(address.host, self._server.add_insecure_port(target))
+                raise ConfigError(f"{address} needs [tls]: it is not a loopback address")
+        except RuntimeError as error:
+            raise StoragedError(f"cannot listen on {address}: {error}", Kind.UNAVAILABLE) from error
+        raise ConfigError(f"{address}: listening on vsock is not built yet; use unix: or tcp:")
+
+    async def stop(self) -> None:
+        """Take no more calls."""
+        await self._server.stop(0.5)
+        for path in self._sockets:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _clear(path: str) -> None:
+    """Make room for our socket; raises StoragedError when somebody lives there."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(f"unix:{path}: there is already something that is not a socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise StoragedError(f"unix:{path} is served by another process", Kind.BUSY)
+
+
+def _credentials(tls: Tls) -> grpc.ServerCredentials:
+    contents = []
+    for path in (tls.key, tls.certificate, tls.authority):
+        try:
+            with open(path, "rb") as file:
+                contents.append(file.read())
+        except OSError as error:
+            raise ConfigError(f"TLS file {path}: {error.strerror}") from error
+    return grpc.ssl_server_credentials(
+        [(contents[0], contents[1])], root_certificates=contents[2], require_client_auth=True
+    )

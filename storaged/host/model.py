@@ -1,0 +1,133 @@
+"""What the host believes about a pool and its guests: frozen, in bytes and seconds."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from storaged.host.leases import Lease, outstanding
+from storaged.host.levels import Pressure
+from storaged.host.settings import Sharing
+
+
+class Presence(enum.Enum):
+    """Where a guest stands."""
+
+    CONFIGURED = "configured"  # known, its machine does not run
+    DISCOVERED = "discovered"  # runs, has not answered yet
+    UP = "up"
+    HANGING = "hanging"  # runs, does not answer
+    SUSPENDED = "suspended"
+    GONE = "gone"  # its machine has ended
+
+
+RUNNING = frozenset({Presence.DISCOVERED, Presence.UP, Presence.HANGING, Presence.SUSPENDED})
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """One guest. `image` is the newest reading; `counted` that of the pool's epoch, None before there was one."""
+
+    name: str
+    size: int
+    image: int
+    seen_at: float
+    weight: float = 1.0
+    presence: Presence = Presence.DISCOVERED
+    lease: Lease = field(default_factory=Lease)
+    counted: int | None = None
+    rate: float = 0.0
+    pleads: int = 0
+    pleads_until: float = 0.0
+    failures: int = 0
+    retry_at: float = 0.0
+    overran: float = 0.0  # charged on top, fades
+
+    @property
+    def runs(self) -> bool:
+        """True while something may write to its image."""
+        return self.presence in RUNNING
+
+    @property
+    def left(self) -> int:
+        """What it may still write, at most; the rest of its disk when nothing better is known."""
+        if self.lease.bound:
+            return outstanding(self.lease, self.image, self.size)
+        return max(self.size - self.image, 0)
+
+    @property
+    def likely(self) -> int:
+        """What it may still write by its own reckoning: never more than `left`, and never counted on."""
+        return max(min(self.lease.likely - self.image, self.left), 0) if self.lease.bound else self.left
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The pool at its newest epoch, and what was learnt of it. `whole`: every running guest was in that epoch."""
+
+    free: int = 0
+    at: float | None = None
+    whole: bool = False
+    outside: float = 0.0  # worst bytes a second that others on the host wrote, fading
+    falls: float = 0.0  # bytes a second by which free falls, smoothed
+    answer_s: float = 0.0  # worst time a guest took to answer, fading
+    reserve: int = 0
+    interval_s: float = 0.0
+    pressure: Pressure = field(default_factory=Pressure)
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """`promised`: what bound guests may still write. `unbound`: what is set aside for those who know no bound."""
+
+    free: int
+    reserve: int
+    promised: int
+    unbound: int
+
+    @property
+    def slack(self) -> int:
+        """What is promised to nobody; negative when too much is promised."""
+        return self.free - self.reserve - self.promised - self.unbound
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that the host believes about one pool. Pools share nothing: two pools are two states."""
+
+    settings: Sharing = field(default_factory=Sharing)
+    pool: Pool = field(default_factory=Pool)
+    guests: Mapping[str, Guest] = field(default_factory=dict)
+    seq: int = 0
+    holds: bool | None = None  # the invariant, as last said; None before the first time
+
+
+def charge(guest: Guest, settings: Sharing) -> int:
+    """What is set aside for a running guest, as of the pool's epoch."""
+    image = guest.image if guest.counted is None else guest.counted
+    if guest.lease.bound:
+        return outstanding(guest.lease, image, guest.size) + int(guest.overran)
+    # Its whole disk may be more than there is, and then nobody else could have anything.
+    likely = 2 * (settings.base + int(guest.rate * settings.horizon_s))
+    flight = guest.lease.flight
+    likely = max(likely + (flight.size if flight else 0), guest.lease.ceiling - image)
+    return min(max(guest.size - image, 0), likely) + int(guest.overran)
+
+
+def books(state: State) -> Books:
+    """What is promised, against what is there."""
+    promised = unbound = 0
+    for guest in state.guests.values():
+        if guest.runs:
+            if guest.lease.bound:
+                promised += charge(guest, state.settings)
+            else:
+                unbound += charge(guest, state.settings)
+    return Books(state.pool.free, state.pool.reserve, promised, unbound)
+
+
+def established(state: State) -> bool:
+    """The invariant: every running guest is bound and counted, and the promises fit."""
+    bound = all(guest.lease.bound for guest in state.guests.values() if guest.runs)
+    return state.pool.at is not None and state.pool.whole and bound and books(state).slack >= 0

@@ -1,0 +1,360 @@
+"""Who may have how much: `step(state, event) -> (state, effects)`.
+
+The rules, in prose:
+
+1. What guests may still write, all together, is at most what is free less the reserve. A guest's write lowers both
+   sides alike, so this stays true whatever guests do; only others on the host can break it. Then the shrinking
+   starts with the same event, and a note says so.
+2. A guest is believed nothing that would make the host careless: see `leases`. One that does not answer, or sleeps,
+   keeps what it was promised until its machine has ended.
+3. One change is under way per guest. Growth is paid from what nobody was promised, never from what somebody was
+   merely told to give back.
+4. Grants are decided at an epoch, a plea, a coming or going, or when a try is due; never on a lone reading of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from storaged.host import events as ev
+from storaged.host import leases, levels
+from storaged.host.decide import decide
+from storaged.host.demand import smoothed
+from storaged.host.model import RUNNING, Guest, Pool, Presence, State, books, established
+from storaged.host.settings import Sharing
+from storaged.units import format_size
+
+Result = tuple[State, tuple[ev.Effect, ...]]
+
+
+def step(state: State, event: ev.Event) -> Result:
+    """The state after `event`, and what is to be done, in this order."""
+    return HANDLERS[type(event)](state, event)
+
+
+def next_wakeup(state: State) -> float | None:
+    """When a Tick next has something to do; None while nothing waits for time."""
+    times = []
+    for guest in state.guests.values():
+        flight = guest.lease.flight
+        if flight is not None and flight.acked_at is None and guest.presence in {Presence.UP, Presence.DISCOVERED}:
+            times.append(flight.sent_at + state.settings.answer_s)
+        elif flight is None and guest.failures and guest.runs:
+            times.append(guest.retry_at)
+    return min(times, default=None)
+
+
+# --- what the rest is made of ---------------------------------------------------------------------------------
+
+
+def _holding(guest: Guest, lease: leases.Lease) -> Guest:
+    return Guest(
+        guest.name, guest.size, guest.image, guest.seen_at, guest.weight, guest.presence, lease, guest.counted,
+        guest.rate, guest.pleads, guest.pleads_until, guest.failures, guest.retry_at, guest.overran,
+    )  # fmt: skip  # written out: `replace` costs three times as much, and a thousand guests may be told at once
+
+
+def _with(state: State, guest: Guest) -> State:
+    return replace(state, guests={**state.guests, guest.name: guest})
+
+
+def _judged(state: State) -> Result:
+    """Say when the invariant comes to hold or ceases to."""
+    if state.pool.at is None or not state.pool.whole:
+        return state, ()
+    holds = established(state)
+    if holds is state.holds:
+        return state, ()
+    account = books(state)
+    text = (
+        f"promised {format_size(account.promised + account.unbound)} "
+        f"of {format_size(account.free)} free less {format_size(account.reserve)} reserve"
+    )
+    if holds:
+        note = ev.Note(ev.Topic.RESTORED, f"all that guests may write is there: {text}")
+    else:
+        unbound = ", some to guests that were never bound" if account.unbound else ""
+        note = ev.Note(ev.Topic.BROKEN, f"guests may write more than there is: {text}{unbound}", warning=True)
+    return replace(state, holds=holds), (note, ev.Publish())
+
+
+def _shared(state: State, at: float) -> Result:
+    """Judge, then send what is to be sent."""
+    if state.pool.at is None:
+        return state, ()
+    state, effects = _judged(state)
+    sends = decide(state, at)
+    if not sends:
+        return state, effects
+    guests = dict(state.guests)
+    seq = state.seq
+    grants: list[ev.Effect] = []
+    for name, size in sends:
+        seq += 1
+        guest = guests[name]
+        guests[name] = _holding(guest, leases.sent(guest.lease, guest.image, seq, size, at))
+        grants.append(ev.SetGrant(name, size, seq))
+    return replace(state, guests=guests, seq=seq), (*effects, *grants, ev.Publish())
+
+
+def _read(guest: Guest, image: int, at: float, state: State, counted: int | None) -> tuple[Guest, ev.Note | None]:
+    """The guest after its image was read."""
+    settings = state.settings
+    over_s = at - guest.seen_at
+    rate = smoothed(guest.rate, image - guest.image, over_s, settings)
+    lease = leases.seen(guest.lease, image, at)
+    overran, note = guest.overran, None
+    if overran:
+        overran = 0.0 if overran < settings.least else overran * 0.5 ** (max(over_s, 0.0) / settings.worst_half_s)
+    if lease.bound and image - lease.ceiling > settings.overrun:
+        excess = image - lease.ceiling
+        overran = max(overran, float(excess))
+        lease = replace(lease, bound=False)
+        text = f"{guest.name} wrote {format_size(excess)} more than it was granted"
+        note = ev.Note(ev.Topic.OVERRUN, text, guest.name, warning=True)
+    pleads = guest.pleads if at < guest.pleads_until else 0
+    read = Guest(
+        guest.name, guest.size, image, at, guest.weight, guest.presence, lease, counted, rate, pleads,
+        guest.pleads_until, guest.failures, guest.retry_at, overran,
+    )  # fmt: skip  # written out: `replace` costs three times as much, and this runs for every guest at every look
+    return read, note
+
+
+# --- events ---------------------------------------------------------------------------------------------------
+
+
+def _pool_sampled(state: State, event: ev.PoolSampled) -> Result:
+    pool, settings, images = state.pool, state.settings, event.images
+    if pool.at is not None and event.at < pool.at:
+        return state, ()
+    guests: dict[str, Guest] = {}
+    effects: list[ev.Effect] = []
+    whole, same = True, pool.whole
+    grew = 0
+    for name, guest in state.guests.items():
+        image = images.get(name) if guest.presence in RUNNING else None
+        if image is None:
+            whole = whole and not guest.runs
+            guests[name] = guest
+            continue
+        if guest.counted is None:
+            same = False
+        else:
+            grew += image - guest.counted
+        guests[name], note = _read(guest, image, max(event.at, guest.seen_at), state, image)
+        if note is not None:
+            effects.append(note)
+    pool = _measured(pool, event, grew if same and whole else None, settings)
+    pressure = levels.sampled(pool.pressure, event.free, event.at, settings)
+    if pressure.level is not pool.pressure.level:
+        text = f"{pressure.level.name}: {format_size(event.free)} free"
+        effects += [
+            ev.Note(ev.Topic.LEVEL, text, warning=pressure.level > pool.pressure.level),
+            ev.Publish(),
+        ]
+    writes = sum(guest.rate for guest in guests.values() if guest.runs)
+    interval_s = levels.interval(event.free, max(pool.falls, pool.outside + writes), settings)
+    reserve = levels.reserve(pool.outside, interval_s + pool.answer_s, settings)
+    pool = replace(
+        pool, free=event.free, at=event.at, whole=whole, reserve=reserve, interval_s=interval_s, pressure=pressure
+    )
+    state, shared = _shared(replace(state, pool=pool, guests=guests), event.at)
+    return state, (*effects, *shared, ev.Poll(interval_s))
+
+
+def _measured(pool: Pool, event: ev.PoolSampled, grew: int | None, settings: Sharing) -> Pool:
+    """What two epochs tell: others wrote what is missing from free and is in no image. `grew` None: unknown."""
+    if pool.at is None or event.at - pool.at < 0.01:
+        return pool
+    over_s = event.at - pool.at
+    fell = pool.free - event.free
+    fades = 0.5 ** (over_s / settings.worst_half_s)
+    outside = pool.outside * fades
+    if grew is not None:
+        # A look soon after another would make a rate of any jitter.
+        outside = max(outside, (fell - grew) / max(over_s, settings.poll_least_s))
+    falls = smoothed(pool.falls, fell, over_s, settings)
+    return replace(pool, outside=outside, falls=falls, answer_s=pool.answer_s * fades)
+
+
+def _guest_joined(state: State, event: ev.GuestJoined) -> Result:
+    guest = Guest(
+        event.guest,
+        event.size,
+        event.image,
+        event.at,
+        event.weight,
+        Presence.DISCOVERED if event.running else Presence.CONFIGURED,
+        leases.kept(event.image, event.keeps),
+    )
+    state = _with(state, guest)
+    if not event.running:
+        return state, (ev.Publish(),)
+    state = replace(state, pool=replace(state.pool, whole=False))
+    return state, (ev.Publish(), ev.Poll(0.0))
+
+
+def _guest_changed(state: State, event: ev.GuestChanged) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None:
+        return state, ()
+    weight = guest.weight if event.weight is None else event.weight
+    size = guest.size if event.size is None else event.size
+    return _shared(_with(state, replace(guest, weight=weight, size=size)), event.at)
+
+
+def _guest_restarted(state: State, event: ev.GuestRestarted) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or not guest.runs:
+        return state, ()
+    # The ceiling stays as the least that is charged: else a guest could have its debts forgotten by saying so.
+    lease = leases.Lease(guest.lease.ceiling, granted=guest.lease.granted)
+    guest = replace(guest, lease=lease, presence=Presence.DISCOVERED, failures=0, retry_at=0.0)
+    state, effects = _shared(_with(state, guest), event.at)
+    return state, (ev.Publish(), *effects)
+
+
+def _guest_left(state: State, event: ev.GuestLeft) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None:
+        return state, ()
+    guests = dict(state.guests)
+    if event.forget:
+        del guests[event.guest]
+    else:
+        guests[event.guest] = replace(
+            guest, presence=Presence.GONE, lease=leases.Lease(), counted=None, rate=0.0, pleads=0
+        )
+    # What it wrote since the epoch is not in `free` yet: nothing grows before the next one.
+    pool = replace(state.pool, whole=False)
+    return replace(state, guests=guests, pool=pool), (ev.Publish(), ev.Poll(0.0))
+
+
+def _guest_sampled(state: State, event: ev.GuestSampled) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or not guest.runs or event.at < guest.seen_at:
+        return state, ()
+    flew = guest.lease.flight is not None
+    guest, note = _read(guest, event.image, event.at, state, guest.counted)
+    effects: list[ev.Effect] = [] if note is None else [note]
+    if flew and guest.lease.flight is None:
+        effects.append(ev.Poll(min(state.settings.poll_soon_s, state.pool.interval_s)))
+    return _with(state, guest), tuple(effects)
+
+
+def _grant_acked(state: State, event: ev.GrantAcked) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or guest.lease.flight is None or guest.lease.flight.seq != event.seq:
+        return state, ()  # too late to count: a newer one is under way, or it had failed
+    took_s = event.at - guest.lease.flight.sent_at
+    lease = leases.acked(guest.lease, event.seq, event.available, event.at)
+    presence = guest.presence if guest.presence is Presence.SUSPENDED else Presence.UP
+    if presence is guest.presence and not guest.failures:
+        changed = _holding(guest, lease)
+    else:
+        changed = replace(guest, lease=lease, presence=presence, failures=0, retry_at=0.0)
+    # A guest that hung is no measure of how fast the others shrink.
+    took_s = min(took_s, state.settings.answer_s)
+    pool = replace(state.pool, answer_s=1.1 * took_s) if took_s > state.pool.answer_s else state.pool
+    state = State(state.settings, pool, {**state.guests, guest.name: changed}, state.seq, state.holds)
+    poll = ev.Poll(min(state.settings.poll_soon_s, state.pool.interval_s))
+    if presence is guest.presence:
+        return state, (poll,)
+    return state, (ev.Note(ev.Topic.GUEST, f"{guest.name} answers", guest.name), ev.Publish(), poll)
+
+
+def _grant_failed(state: State, event: ev.GrantFailed) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or guest.lease.flight is None or guest.lease.flight.seq != event.seq:
+        return state, ()
+    settings = state.settings
+    wait_s = min(settings.retry_first_s * 2 ** min(guest.failures, 16), settings.retry_most_s)
+    silent = guest.presence is Presence.UP
+    guest = replace(
+        guest,
+        lease=leases.failed(guest.lease, event.seq, certain=event.certain),
+        failures=guest.failures + 1,
+        retry_at=event.at + wait_s,
+        presence=Presence.HANGING if silent else guest.presence,
+    )
+    text = f"{guest.name} could not be told its grant: {event.reason}"
+    return _with(state, guest), (ev.Note(ev.Topic.GUEST, text, guest.name, warning=silent), ev.Publish())
+
+
+def _guest_silent(state: State, event: ev.GuestSilent) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or guest.presence is not Presence.UP:
+        return state, ()
+    return _hangs(state, guest, event.at)
+
+
+def _hangs(state: State, guest: Guest, at: float) -> Result:
+    wait_s = state.settings.retry_first_s
+    guest = replace(guest, presence=Presence.HANGING, failures=max(guest.failures, 1), retry_at=at + wait_s)
+    note = ev.Note(ev.Topic.GUEST, f"{guest.name} does not answer and keeps its grant", guest.name, warning=True)
+    return _with(state, guest), (note, ev.Publish())
+
+
+def _room_asked(state: State, event: ev.RoomAsked) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or not guest.runs:
+        return state, ()
+    until = event.at + state.settings.plea_s
+    state = _with(state, replace(guest, pleads=max(event.size, 0), pleads_until=until))
+    return _shared(state, event.at)
+
+
+def _suspended(state: State, event: ev.Suspended) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or not guest.runs:
+        return state, ()
+    return _with(state, replace(guest, presence=Presence.SUSPENDED, rate=0.0, pleads=0)), (ev.Publish(),)
+
+
+def _resumed(state: State, event: ev.Resumed) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or guest.presence is not Presence.SUSPENDED:
+        return state, ()
+    presence = Presence.UP if guest.lease.bound else Presence.DISCOVERED
+    state = _with(state, replace(guest, presence=presence))
+    state, effects = _shared(state, event.at)
+    return state, (ev.Publish(), *effects)
+
+
+def _tick(state: State, event: ev.Tick) -> Result:
+    effects: list[ev.Effect] = []
+    due = False
+    for guest in tuple(state.guests.values()):
+        flight = guest.lease.flight
+        if flight is None:
+            due = due or (guest.failures > 0 and guest.runs and event.at >= guest.retry_at)
+        elif (
+            flight.acked_at is None
+            and guest.presence in {Presence.UP, Presence.DISCOVERED}
+            and event.at >= flight.sent_at + state.settings.answer_s
+        ):
+            state, said = _hangs(state, guest, event.at)
+            effects += said
+    if not due:
+        return state, tuple(effects)
+    state, shared = _shared(state, event.at)
+    return state, (*effects, *shared)
+
+
+HANDLERS: dict[type[ev.Event], Callable[[State, Any], Result]] = {
+    ev.PoolSampled: _pool_sampled,
+    ev.GuestJoined: _guest_joined,
+    ev.GuestChanged: _guest_changed,
+    ev.GuestRestarted: _guest_restarted,
+    ev.GuestLeft: _guest_left,
+    ev.GuestSampled: _guest_sampled,
+    ev.GrantAcked: _grant_acked,
+    ev.GrantFailed: _grant_failed,
+    ev.GuestSilent: _guest_silent,
+    ev.RoomAsked: _room_asked,
+    ev.Suspended: _suspended,
+    ev.Resumed: _resumed,
+    ev.Tick: _tick,
+}

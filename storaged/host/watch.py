@@ -1,0 +1,130 @@
+"""Looking at a pool: what is free, and what each guest's image takes of it. Blocks; belongs into a thread.
+
+One look costs microseconds per image: statvfs and stat read what the kernel has in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from storaged.errors import Kind, StoragedError
+from storaged.host.events import PoolSampled
+
+BLOCK = 512
+"""The unit of st_blocks (stat(2)) and of device-mapper's sectors, whatever the filesystem's block size."""
+TOOL_WITHIN_S = 5.0
+
+
+class PoolError(StoragedError):
+    """The pool cannot be read: nothing is known, and nothing may be concluded."""
+
+    kind = Kind.UNAVAILABLE
+
+
+class Source(Protocol):
+    """Where a pool's free bytes come from."""
+
+    def free(self) -> int:
+        """Bytes that can still be written. Raises PoolError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FilesystemSource:
+    """The filesystem mounted at `path`, as an unprivileged writer sees it."""
+
+    path: str
+
+    def free(self) -> int:
+        try:
+            stats = os.statvfs(self.path)
+        except OSError as error:
+            raise PoolError(f"pool {self.path}: {error.strerror}") from error
+        return stats.f_bavail * stats.f_frsize
+
+
+def thin_pool_free(status: str, table: str) -> int:
+    """Free data bytes from what `dmsetup status` and `dmsetup table` print for a thin pool. Raises PoolError.
+
+    status: START LENGTH thin-pool TRANSACTION METADATA_USED/TOTAL DATA_USED/TOTAL ...
+    table:  START LENGTH thin-pool METADATA_DEV DATA_DEV BLOCK_SECTORS ...  (kernel: device-mapper/thin-provisioning)
+    A pool in need of repair, or read-only, has nothing to give.
+    """
+    fields, shape = status.split(), table.split()
+    if len(fields) < 4 or fields[2] != "thin-pool" or shape[2:3] != ["thin-pool"]:
+        raise PoolError(f"not a thin pool: {status.strip()!r}")
+    if fields[3] in {"Fail", "Error"} or {"ro", "out_of_data_space", "needs_check"} & set(fields[6:]):
+        return 0
+    try:
+        used, total = (int(number) for number in fields[5].split("/"))
+        return (total - used) * int(shape[5]) * BLOCK
+    except (IndexError, ValueError) as error:
+        raise PoolError(f"thin pool status {status.strip()!r} is not understood") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ThinSource:
+    """A filesystem on a thin volume: what is free is the least of what it and the dm-thin pool `pool` have."""
+
+    filesystem: FilesystemSource
+    pool: str
+
+    def free(self) -> int:
+        # --noflush: a status must not wait for a commit of the pool.
+        status = self._dmsetup("status", "--noflush")
+        return min(self.filesystem.free(), thin_pool_free(status, self._dmsetup("table")))
+
+    def _dmsetup(self, *command: str) -> str:
+        try:
+            done = subprocess.run(
+                ["dmsetup", *command, "--", self.pool],
+                capture_output=True, text=True, check=True, timeout=TOOL_WITHIN_S,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise PoolError("dmsetup is not installed") from error
+        except subprocess.TimeoutExpired as error:
+            raise PoolError(f"dmsetup {command[0]} {self.pool} does not answer") from error
+        except subprocess.CalledProcessError as error:
+            raise PoolError(f"dmsetup {command[0]} {self.pool}: {error.stderr.strip()}") from error
+        return done.stdout
+
+
+def allocated(image: str) -> int | None:
+    """Bytes that the file really takes; None when it cannot be read."""
+    try:
+        return os.stat(image).st_blocks * BLOCK
+    except OSError:
+        return None
+
+
+def logical(image: str) -> int:
+    """Bytes that the file would take with no hole in it; 0 when it cannot be read."""
+    try:
+        return os.stat(image).st_size
+    except OSError:
+        return 0
+
+
+class Watcher:
+    """Takes epochs of one pool."""
+
+    def __init__(self, source: Source, clock: Callable[[], float] = time.monotonic) -> None:
+        self._source = source
+        self._clock = clock
+
+    def glance(self) -> int:
+        """What is free, alone. Raises PoolError."""
+        return self._source.free()
+
+    def take(self, images: Mapping[str, str]) -> PoolSampled:
+        """One bracket of reads; an image that cannot be read is left out. Raises PoolError."""
+        at = self._clock()
+        before = self._source.free()
+        taken = {name: size for name, path in images.items() if (size := allocated(path)) is not None}
+        # A guest may write between the two: the smaller number cannot promise what is spent.
+        return PoolSampled(min(before, self._source.free()), at, taken)

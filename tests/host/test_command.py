@@ -1,0 +1,103 @@
+"""`storaged-host serve` as a process, beside a real storaged and an agent that knows Maitred alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.agent import agent, serve
+from lab.daemon import Daemon
+from storaged.units import GIB
+
+COMMAND = [sys.executable, "-m", "storaged.host", "serve", "--config"]
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """A directory with two images, on whatever filesystem the tests run."""
+    for name in ("storaged", "other"):
+        with (tmp_path / f"{name}.img").open("wb") as file:
+            file.truncate(20 * GIB)
+    (tmp_path / "host.toml").write_text(f"""
+[pool.p]
+path = "{tmp_path}"
+[sharing]
+reserve_least = "16MiB"
+base = "64MiB"
+[guest.storaged]
+address = "unix:{tmp_path}/storaged.sock"
+image = "{tmp_path}/storaged.img"
+[guest.other]
+address = "unix:{tmp_path}/other.sock"
+image = "{tmp_path}/other.img"
+weight = 2
+""")
+    return tmp_path
+
+
+@pytest.fixture
+def host(pool: Path) -> Iterator[subprocess.Popen[str]]:
+    with (pool / "host.log").open("w") as log:
+        process = subprocess.Popen([*COMMAND, str(pool / "host.toml")], stderr=log, text=True)
+    yield process
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def daemon(pool: Path) -> Iterator[Daemon]:
+    with Daemon(pool) as daemon:
+        yield daemon
+
+
+async def test_a_storaged_and_another_agent_share_a_pool(
+    pool: Path, daemon: Daemon, host: subprocess.Popen[str]
+) -> None:
+    other = agent()
+    server = await serve(other, pool / "other.sock")
+    try:
+        ends = time.monotonic() + 20
+        while True:
+            report = await asyncio.to_thread(daemon.report)
+            if report.pressure.HasField("host_free_bytes") and other.allowed is not None:
+                break
+            assert time.monotonic() < ends, (pool / "host.log").read_text()
+            await asyncio.sleep(0.1)
+        stats = os.statvfs(pool)
+        told = report.pressure.host_free_bytes - GIB
+        assert told > 0
+        assert told + other.allowed <= stats.f_bavail * stats.f_frsize
+        host.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(host.wait, 10) == 0
+        log = (pool / "host.log").read_text()
+        assert "other is no storaged" in log
+        assert "Traceback" not in log
+    finally:
+        await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "says"),
+    [
+        ("[pool.p]\npath = 'x'", 2, "pool.p.path"),
+        ("[pool.p]\npath = '/none/such'", 1, "No such file"),
+        ("[serve]\nlisten = ['tcp:0.0.0.0:0']\n[pool.p]\npath = '/tmp'", 2, "needs [tls]"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(tmp_path: Path, text: str, code: int, says: str) -> None:
+    (tmp_path / "host.toml").write_text(text)
+    done = subprocess.run(
+        [*COMMAND, str(tmp_path / "host.toml")], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

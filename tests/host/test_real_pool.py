@@ -1,0 +1,99 @@
+"""A real host disk that is promised more than twice: two storageds on btrfs, and the controller between them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.daemon import Daemon
+from lab.loop import Guest, fill, run, workspace
+from storaged.units import GIB, MIB
+
+RESERVE = 512 * MIB
+
+
+@pytest.fixture
+def pool() -> Iterator[Path]:
+    """An ext4 of 3 GiB, mounted."""
+    with workspace() as directory:
+        disk, mountpoint = directory / "disk.img", directory / "pool"
+        mountpoint.mkdir()
+        with disk.open("wb") as file:
+            file.truncate(3 * GIB)
+        run("mkfs.ext4", "-q", "-m", "0", disk)
+        device = run("losetup", "--show", "-f", "--direct-io=off", disk)
+        try:
+            run("mount", device, mountpoint)
+            yield mountpoint
+        finally:
+            _unmount(mountpoint)
+            run("losetup", "-d", device)
+
+
+def _unmount(mountpoint: Path) -> None:
+    """The kernel lets go of the images on it a moment after their loop devices are taken away."""
+    for _ in range(50):
+        with contextlib.suppress(RuntimeError):
+            run("umount", mountpoint)
+            return
+        time.sleep(0.1)
+    run("umount", mountpoint)
+
+
+def _free(path: Path) -> int:
+    stats = os.statvfs(path)
+    return stats.f_bavail * stats.f_frsize
+
+
+@pytest.mark.btrfs
+def test_a_guest_that_writes_all_it_can_leaves_the_reserve_alone(pool: Path) -> None:
+    guests = {name: Guest(pool / name, 4 * GIB) for name in ("a", "b")}
+    try:
+        lines = [f'[pool.p]\npath = "{pool}"\n[sharing]\nreserve_least = "{RESERVE}"\nbase = "128MiB"\n']
+        for name, guest in guests.items():
+            lines.append(f'[guest.{name}]\naddress = "unix:{pool}/{name}/storaged.sock"\nimage = "{guest.image}"\n')
+        config = pool / "host.toml"
+        config.write_text("".join(lines))
+        with (
+            Daemon(pool / "a", stateful=guests["a"].mountpoint) as a,
+            Daemon(pool / "b", stateful=guests["b"].mountpoint) as b,
+            (pool / "host.log").open("w") as log,
+            subprocess.Popen(
+                [sys.executable, "-m", "storaged.host", "serve", "--config", str(config)], stderr=log
+            ) as host,
+        ):
+            try:
+                ends = time.monotonic() + 20
+                while not (a.report().pressure.host_free_bytes and b.report().pressure.host_free_bytes):
+                    assert time.monotonic() < ends, (pool / "host.log").read_text()
+                    time.sleep(0.2)
+                time.sleep(2)
+                assert a.available() + b.available() <= _free(pool) - RESERVE + 16 * MIB
+                written = 0
+                for turn in range(40):  # as an application that tries again a little later
+                    wrote, number = fill(guests["a"].mountpoint / f"data{turn}")
+                    assert number == errno.ENOSPC
+                    written += wrote
+                    if turn > 3 and wrote < 8 * MIB:
+                        break
+                    time.sleep(1)
+                run("sync", "-f", guests["a"].mountpoint)
+                assert _free(pool) >= RESERVE - 64 * MIB
+                assert written > GIB, "most of what there was could be had"
+                assert b.available() > 16 * MIB, "and not all of it by one"
+            finally:
+                host.send_signal(signal.SIGTERM)
+                assert host.wait(10) == 0
+        assert "Traceback" not in (pool / "host.log").read_text()
+    finally:
+        for guest in guests.values():
+            guest.close()

@@ -1,0 +1,203 @@
+"""The true disk and the true guests, apart from what the host believes of them, and a controller between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from storaged.host import events as ev
+from storaged.host.model import State, established
+from storaged.host.shares import next_wakeup, step
+
+
+class HostFull(AssertionError):
+    """A guest was allowed to write, and the disk under it had no room."""
+
+
+@dataclass(slots=True)
+class Vm:
+    """A guest as it really is. `inbox`: grants that it may still apply, in order; `outbox`: its answers."""
+
+    name: str
+    size: int
+    image: int
+    allowed: int
+    booting: bool
+    hangs: bool = False
+    sleeps: bool = False
+    wrote_unseen: bool = False
+    liar: bool = False  # says that it has nothing
+    deaf: bool = False  # says that it obeys, and does not
+    inbox: list[tuple[int, int]] = field(default_factory=list)
+    outbox: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def may_write(self) -> bool:
+        return not self.booting and not self.sleeps
+
+
+@dataclass(slots=True)
+class World:
+    """Truth, and the core's state. Every event goes through `tell`."""
+
+    size: int
+    free: int
+    state: State = field(default_factory=State)
+    now: float = 1000.0
+    vms: dict[str, Vm] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)  # seq of the call that has not ended
+    outside_unseen: int = 0  # written by others since the last epoch
+    outside_budget: int = 0  # what they may still write until the books balance again
+    notes: list[ev.Note] = field(default_factory=list)
+    poll: float = 0.0
+
+    # --- what really happens
+
+    def write(self, name: str, size: int) -> int:
+        vm = self.vms[name]
+        size = min(size, vm.allowed, vm.size - vm.image) if vm.may_write else 0
+        if vm.deaf:
+            size = self._beyond(vm, size)
+        if size > self.free:
+            raise HostFull(f"{name} may write {size}, the disk has {self.free}")
+        if size:
+            vm.allowed -= size
+            vm.image += size
+            vm.wrote_unseen = True
+            self.free -= size
+        return size
+
+    def _beyond(self, vm: Vm, size: int) -> int:
+        """What a guest takes that was not granted is like a burst of others: the reserve bears it until it is seen."""
+        lease = self.state.guests[vm.name].lease
+        granted = max(min(size, lease.ceiling - vm.image), 0) if lease.bound else size
+        taken = min(size - granted, self.outside_budget)
+        self.outside_budget -= taken
+        self.outside_unseen += taken
+        return granted + taken
+
+    def discard(self, name: str, size: int) -> None:
+        """Hand blocks back. What is written and discarded again before anybody looks is the reserve's business."""
+        vm = self.vms[name]
+        if vm.sleeps or (vm.wrote_unseen and (vm.inbox or vm.outbox or name in self.calls)):
+            return
+        size = min(size, vm.image)
+        vm.image -= size
+        vm.allowed += size
+        self.free += size
+
+    def others_write(self, size: int) -> None:
+        size = min(size, self.outside_budget)
+        if size > self.free:
+            raise HostFull(f"others write {size}, the disk has {self.free}")
+        self.free -= size
+        self.outside_budget -= size
+        self.outside_unseen += size
+
+    def others_free(self, size: int) -> None:
+        used = self.size - self.free - sum(vm.image for vm in self.vms.values())
+        self.free += max(min(size, used), 0)
+
+    def apply(self, name: str) -> None:
+        """The guest applies the next grant that reached it, and answers, with a lie if it is a liar."""
+        vm = self.vms[name]
+        if not vm.inbox or vm.hangs or vm.sleeps:
+            return
+        seq, size = vm.inbox.pop(0)
+        if not vm.deaf or vm.booting:
+            vm.allowed = min(size, vm.size - vm.image)
+        vm.booting = False
+        vm.outbox.append((seq, 0 if vm.liar else vm.allowed))
+
+    # --- what the controller does
+
+    def tell(self, event: ev.Event) -> None:
+        held = established(self.state)
+        self.state, effects = step(self.state, event)
+        if held and not isinstance(event, ev.PoolSampled | ev.GuestJoined | ev.GuestLeft | ev.GuestRestarted):
+            assert established(self.state), f"nobody but the core can have broken it: {event}"
+        for effect in effects:
+            match effect:
+                case ev.SetGrant(guest, size, seq):
+                    assert guest not in self.calls, "one change at a time"
+                    self.calls[guest] = seq
+                    self.vms[guest].inbox.append((seq, size))
+                case ev.Note():
+                    self.notes.append(effect)
+                case ev.Poll(interval):
+                    self.poll = self.now + interval
+                case ev.Publish():
+                    pass
+
+    def epoch(self, between: Callable[[str], None] = lambda _: None) -> None:
+        """One bracket of reads; `between` happens after each image was read."""
+        at, first = self.now, self.free
+        images = {}
+        for name, vm in self.vms.items():
+            images[name] = vm.image
+            vm.wrote_unseen = False
+            between(name)
+        self.outside_unseen = 0
+        self.tell(ev.PoolSampled(min(first, self.free), at, images))
+        self.settle_budget()
+
+    def settle_budget(self) -> None:
+        if self.state.holds:
+            self.outside_budget = self.state.pool.reserve // 2
+
+    def join(self, vm: Vm, weight: float = 1.0, keeps: int | None = None) -> None:
+        self.vms[vm.name] = vm
+        self.tell(ev.GuestJoined(vm.name, vm.size, vm.image, self.now, weight, keeps=keeps))
+
+    def answer(self, name: str, *, look: bool = True) -> None:
+        """The next answer arrives at the host."""
+        vm = self.vms[name]
+        if not vm.outbox:
+            return
+        seq, available = vm.outbox.pop(0)
+        if self.calls.get(name) == seq:
+            del self.calls[name]
+        self.tell(ev.GrantAcked(name, seq, available, self.now))
+        if look:
+            vm.wrote_unseen = False
+            self.tell(ev.GuestSampled(name, vm.image, self.now))
+
+    def fail(self, name: str, *, certain: bool) -> None:
+        """The call ends without an answer; unless `certain`, the grant may be applied all the same, late."""
+        seq = self.calls.get(name)
+        if seq is None:
+            return
+        vm = self.vms[name]
+        waiting = any(waits == seq for waits, _ in vm.inbox)
+        if certain and not waiting:
+            return
+        if certain:
+            vm.inbox = [(waits, size) for waits, size in vm.inbox if waits != seq]
+        del self.calls[name]
+        self.tell(ev.GrantFailed(name, seq, "no answer", self.now, certain=certain))
+
+    def end(self, name: str) -> None:
+        del self.vms[name]
+        self.calls.pop(name, None)
+        self.tell(ev.GuestLeft(name, self.now))
+
+    def restart(self, name: str) -> None:
+        """Its agent starts anew, and says so; what was on its way may be applied all the same."""
+        self.calls.pop(name, None)
+        self.tell(ev.GuestRestarted(name, self.now))
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        wakes = next_wakeup(self.state)
+        if wakes is not None and wakes <= self.now:
+            self.tell(ev.Tick(self.now))
+
+    def calm(self, rounds: int = 30) -> None:
+        """Everybody answers at once and nobody writes."""
+        for _ in range(rounds):
+            self.pass_time(1.0)
+            self.epoch()
+            for name in list(self.vms):
+                while self.vms[name].inbox and not (self.vms[name].hangs or self.vms[name].sleeps):
+                    self.apply(name)
+                    self.answer(name)
