@@ -9,6 +9,10 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from storaged import lean  # noqa: F401  # before all others
+
+# isort: split
+
 from storaged import __version__, check, logs
 from storaged.config import ServeConfig, Settings, load
 from storaged.errors import ConfigError, StoragedError
@@ -66,11 +70,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    # asyncio imports ssl if it can and works without it: 4 MB resident that a daemon with gRPC's own TLS never uses.
-    sys.modules["ssl"] = None  # type: ignore[assignment]  # the documented way to make an import fail
-    import asyncio  # noqa: F401
-
-    del sys.modules["ssl"]
     from storaged import app
 
     def settings() -> Settings:

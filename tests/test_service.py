@@ -222,6 +222,11 @@ def test_on_sighup_new_settings_are_in_force_and_broken_ones_change_nothing(tmp_
         assert daemon.end() == 0
 
 
+def test_a_daemon_carries_no_ssl() -> None:
+    code = "import sys, storaged.__main__, storaged.app; sys.exit('ssl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_sighup_without_a_file_ends_nothing(tmp_path: Path, manager: Manager) -> None:
     with Daemon(tmp_path, manager) as daemon:
         manager.wait("READY=1")
