@@ -16,6 +16,9 @@ SYNC_WITHIN_S = 10.0
 """A host gives Shutdown 30 s: 15 for a job to end, this for the disk, and the rest is slack."""
 FLUSH_WITHIN_S = 1.0
 GOING_DOWN = "the machine shuts down"
+GOING_TO_SLEEP = "the machine is about to sleep"
+SLEEPS_WITHIN_S = 10.0
+"""How long no resize starts after PrepareToSuspend: nothing says that the sleep is over, or that none came."""
 
 
 class PowerControl:
@@ -27,6 +30,7 @@ class PowerControl:
         self._refuse = refuse
         self._answered = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
+        self._awake: asyncio.TimerHandle | None = None
         self.due = False
         """`power_off` is still to be called, after everything else."""
 
@@ -52,8 +56,26 @@ class PowerControl:
             log.warning("%s; the power goes all the same", error.message)
 
     async def suspend(self) -> None:
-        """Journal and data are on the disk. A running resize goes on after the sleep; the journal says where it is."""
-        await self._durable(SYNC_WITHIN_S)
+        """A running resize ends at a committed step, no other starts for a while; journal and data are on the disk.
+
+        Raises StoragedError when that could not be made sure of; then resizes may start again at once.
+        """
+        await self._storage.halt(GOING_TO_SLEEP)
+        if self._awake is not None:
+            self._awake.cancel()
+        self._awake = asyncio.get_running_loop().call_later(SLEEPS_WITHIN_S, self._woken)
+        try:
+            await self._durable(SYNC_WITHIN_S)
+        except StoragedError:
+            self._awake.cancel()
+            self._woken()
+            raise
+
+    def _woken(self) -> None:
+        """Resizes may start again, unless the machine goes down altogether."""
+        self._awake = None
+        if self._ending is None:
+            self._storage.go_on()
 
     async def _durable(self, within_s: float) -> None:
         try:

@@ -13,10 +13,10 @@ import pytest
 from storaged.errors import Kind, StoragedError
 from storaged.resize.job import JobState
 from storaged.rpc import power as control
-from storaged.rpc.proto import common_pb2
+from storaged.rpc.proto import common_pb2, storaged_v1_pb2
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.sim.power import SimPower
-from storaged.units import GIB
+from storaged.units import GIB, SECTOR
 from tests.rpc.conftest import EMPTY, Guest, refused, until
 
 CODE = grpc.StatusCode
@@ -179,17 +179,44 @@ async def test_the_slowest_answer_is_within_a_host_s_deadline() -> None:
     assert runtime.ANSWER_WITHIN_S + control.SYNC_WITHIN_S < 30
 
 
-async def test_before_a_sleep_everything_is_durable_and_the_resize_goes_on(guest: Guest, switch: Switch) -> None:
+async def test_before_a_sleep_everything_is_durable_and_the_resize_has_stopped_safely(
+    guest: Guest, switch: Switch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "SLEEPS_WITHIN_S", 0.5)
     await shrinking(guest)
     before = guest.disk.faults.calls["sync"]
     await guest.maitred.PrepareToSuspend(EMPTY)
     assert guest.disk.faults.calls["sync"] > before
     assert switch.done == ["sync"]
+    status = await guest.status()
+    assert not status.resize_in_progress
+    assert status.current_size // SECTOR * SECTOR == guest.disk.size
+    job = (await guest.report()).job
+    assert (job.state, job.reason) == (storaged_v1_pb2.JOB_CANCELLED, control.GOING_TO_SLEEP)
     saved = guest.journal.load()
     assert saved is not None
-    assert "RUNNING" in str(saved)
-    assert (await guest.status()).resize_in_progress
-    assert (await guest.report()).job.progress < 1, "the machine may wake up at once"
+    assert "CANCELLED" in str(saved)
+    code, text = await refused(guest.resize(16 * GIB))
+    assert (code, control.GOING_TO_SLEEP in text) == (CODE.UNAVAILABLE, True)
+    assert await guest.report_free(2 * GIB) == vm.SUCCESS, "the host is heard all the time"
+
+    async def awake() -> bool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await guest.resize(16 * GIB)
+        return (await guest.status()).resize_in_progress or guest.disk.size == 16 * GIB
+
+    await until(awake)
+
+
+async def test_no_end_of_a_sleep_opens_what_a_shutdown_closed(
+    guest: Guest, switch: Switch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "SLEEPS_WITHIN_S", 0.1)
+    await guest.maitred.PrepareToSuspend(EMPTY)
+    await guest.maitred.Shutdown(EMPTY)
+    await asyncio.sleep(0.3)
+    assert (await refused(guest.resize(16 * GIB)))[0] is CODE.UNAVAILABLE
+    await off(switch)
 
 
 async def test_a_host_hears_when_a_sleep_would_not_be_safe(
