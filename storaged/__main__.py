@@ -21,7 +21,17 @@ from storaged.units import parse_size
 FAILED, MISUSED = 1, 2
 LISTEN = "unix:/path, vsock::PORT or tcp:HOST:PORT; may be repeated"
 DEFAULTS = ServeConfig()
-SERVE = ("stateful", "state_dir", "metrics", "notify_host", "only_storage", "release", "log_level")
+SERVE = (
+    "stateful",
+    "state_dir",
+    "metrics",
+    "notify_host",
+    "only_storage",
+    "release",
+    "log_level",
+    "crash_host",
+    "wait_for_stateful",
+)
 TLS = {"certificate": "tls_cert", "key": "tls_key", "client_authority": "tls_client_ca", "insecure": "insecure"}
 """Settings that an option of the command line overrides, and its name."""
 
@@ -40,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--state-dir", metavar="DIR", help="where the journal is kept")
     serve.add_argument("--metrics", metavar="HOST:PORT", help="serve Prometheus metrics there")
     serve.add_argument("--notify-host", metavar="ADDR", help="who is told that we serve; `host` for the usual one")
+    serve.add_argument("--crash-host", metavar="ADDR", help="who is told of programs that ended; `host` likewise")
+    serve.add_argument(
+        "--wait-for-stateful", action="store_true", default=None, help="serve before the filesystem is mounted"
+    )
     serve.add_argument("--only-storage", action="store_true", default=None, help="serve the storage calls alone")
     serve.add_argument(
         "--release", action="store_true", default=None, help="give the balloon back when the daemon stops"

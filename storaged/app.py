@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from storaged import __version__, cmdline
 from storaged.addresses import VsockAddress, parse_address
@@ -24,7 +25,10 @@ from storaged.guest.reaper import Reaper
 from storaged.guest.resolv import Resolv, ResolvFile
 from storaged.guest.termina import Termina
 from storaged.guest.users import Users
+from storaged.late import LateStorage
 from storaged.notify import Notifier
+from storaged.rpc.crash import CRASH_LISTENER_PORT, CrashReports
+from storaged.rpc.outward import reach
 from storaged.rpc.power import PowerControl
 from storaged.rpc.server import Server
 from storaged.rpc.startup import run_startup
@@ -171,52 +175,42 @@ async def serve(options: Options) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises StoragedError when it cannot start."""
     settings = options.settings
     addresses = [parse_address(text) for text in settings.serve.listen]
-    world = sim_world(options) if options.sim else real_world(settings.serve.stateful, settings.serve.state_dir)
-    storage = StorageService(world, settings.storage)
+    beside = _Beside(options)
+    storage, late = _storage(options, beside)
     guest = _guest(options)
     parts = {} if guest is None else {item.name: getattr(guest, item.name) for item in fields(guest)}
-    server = Server(storage, **parts, limits=settings.limits, vsock=settings.vsock)
+    server = beside.server = Server(storage, **parts, limits=settings.limits, vsock=settings.vsock)
     notifier = Notifier()
     service = ManagedService(storage, server, notifier, settings, options.reread)
     stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number, react in (
-        (signal.SIGTERM, stopping.set),
-        (signal.SIGINT, stopping.set),
-        (signal.SIGHUP, service.reload),
-    ):
-        loop.add_signal_handler(number, react)
-    exporter = watcher = reaper = None
+    _react(stopping.set, service.reload)
+    reaper = None
     background: list[asyncio.Task[None]] = []
     await storage.start()
     try:
         reaper = await _begin(guest, options)
-        if settings.serve.metrics:
-            from storaged import metrics  # 5 MB that a daemon without metrics need not carry
-
-            exporter = metrics.serve(storage, settings.serve.metrics, server)
+        if late is None:
+            beside.export(storage)
         bound = await server.start(addresses, settings.tls)
-        size = format_size(storage.current_size())
-        what = f"a simulated filesystem of {size}" if options.sim else f"{world.filesystem.mountpoint} ({size})"
+        what = "what will be mounted" if late is not None else _what(storage, options)
         log.info("storaged %s serves %s on %s", __version__, what, ", ".join(map(str, bound)))
         service.ready()
-        background = [asyncio.create_task(work) for work in _beside(server, service, settings, stopping)]
-        watcher = None if options.sim else _watch_capacity(storage, loop)
-        _warm_up(world)
+        works = [*_works(server, service, settings, stopping), *([late.watch_for_it()] if late is not None else [])]
+        background = [asyncio.create_task(work) for work in works]
+        if late is None:
+            await beside.begin(storage)
         await stopping.wait()
         log.info("stopping")
         notifier.stopping()
         server.refuse("storaged is stopping")
-        if watcher is not None:
-            loop.remove_reader(watcher)
+        beside.unwatch()
         await storage.close()
         await server.stop(service.settings.limits.drain_s)
     finally:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
-        if exporter is not None:
-            exporter.shutdown()
+        beside.end()
         if guest is not None:
             await guest.close()
         if reaper is not None:
@@ -226,11 +220,90 @@ async def serve(options: Options) -> None:
         server.power.power_off()
 
 
+def _react(stop: Callable[[], None], reload: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number, react in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
+        loop.add_signal_handler(number, react)
+
+
+def _storage(options: Options, beside: _Beside) -> tuple[StorageService, LateStorage | None]:
+    """The engine, and what stands in for it where its filesystem may come later."""
+    settings = options.settings
+    if options.sim:
+        return StorageService(sim_world(options), settings.storage), None
+    where, journal = settings.serve.stateful, settings.serve.state_dir
+    if settings.serve.wait_for_stateful or os.getpid() == 1:
+        late = LateStorage(lambda: real_world(where, journal), where, settings.storage, beside.begin)
+        return late.as_storage(), late
+    return StorageService(real_world(where, journal), settings.storage), None
+
+
+class _Beside:
+    """What stands beside the engine once it has its filesystem: capacity events, the resize child, metrics."""
+
+    def __init__(self, options: Options) -> None:
+        self.server: Server | None = None
+        self._options = options
+        self._exporter: Any = None
+        self._watched: int | None = None
+
+    def export(self, storage: StorageService) -> None:
+        """Serve metrics if they were asked for. Raises StoragedError."""
+        address = self._options.settings.serve.metrics
+        if address and self._exporter is None and self.server is not None:
+            from storaged import metrics  # 5 MB that a daemon without metrics need not carry
+
+            self._exporter = metrics.serve(storage, address, self.server)
+
+    async def begin(self, storage: StorageService) -> None:
+        """The filesystem is in use."""
+        try:
+            self.export(storage)
+        except StoragedError as error:
+            log.warning("no metrics: %s", error.message)
+        if not self._options.sim:
+            self._watched = _watch_capacity(storage, asyncio.get_running_loop())
+        _warm_up(storage.world)
+        log.info("in use: %s", _what(storage, self._options))
+
+    def unwatch(self) -> None:
+        """No capacity events any more."""
+        if self._watched is not None:
+            asyncio.get_running_loop().remove_reader(self._watched)
+            self._watched = None
+
+    def end(self) -> None:
+        """Everything is over."""
+        self.unwatch()
+        if self._exporter is not None:
+            self._exporter.shutdown()
+
+
+def _what(storage: StorageService, options: Options) -> str:
+    size = format_size(storage.current_size())
+    return f"a simulated filesystem of {size}" if options.sim else f"{storage.world.filesystem.mountpoint} ({size})"
+
+
 def _guest(options: Options) -> GuestModules | None:
     """The guest modules that the server gets; a simulated guest has simulated ones."""
     if options.settings.serve.only_storage:
         return None
-    return sim_guest(options.settings) if options.sim else real_guest(options.settings)
+    if options.sim:
+        return sim_guest(options.settings)
+    return real_guest(options.settings, _crash_reports(options.settings.serve.crash_host))
+
+
+def _crash_reports(name: str) -> Report | None:
+    """Who is told of programs that ended though they should not have."""
+    if not name:
+        return None
+    address = VsockAddress(HOST_CID, CRASH_LISTENER_PORT) if name == HOST else parse_address(name)
+
+    async def report(program: str) -> None:
+        async with reach(address) as target:
+            await CrashReports(target)(program)
+
+    return report
 
 
 async def _begin(guest: GuestModules | None, options: Options) -> Reaper | None:
@@ -243,7 +316,7 @@ async def _begin(guest: GuestModules | None, options: Options) -> Reaper | None:
     return reaper
 
 
-def _beside(
+def _works(
     server: Server, service: ManagedService, settings: Settings, stopping: asyncio.Event
 ) -> Iterator[Coroutine[None, None, None]]:
     """What goes on while the daemon serves."""

@@ -39,6 +39,20 @@ class ServeConfig:
             " or what `maitred.listen_port=` on the kernel's command line says; empty: nobody."
         },
     )
+    wait_for_stateful: bool = field(
+        default=False,
+        metadata={
+            "help": "Serve before the stateful filesystem is mounted: until then the storage calls answer"
+            " FAILED_PRECONDITION, and metrics are not there. Always so as process 1."
+        },
+    )
+    crash_host: str = field(
+        default="",
+        metadata={
+            "help": "Who is told of programs that ended though they should not (SendFailureReport): an address, or"
+            " `host` for context id 2 at port 7779; empty: nobody."
+        },
+    )
     only_storage: bool = field(
         default=False, metadata={"help": "Serve the storage calls alone: the others answer UNIMPLEMENTED."}
     )
@@ -51,10 +65,12 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for text in (*self.listen, *([f"tcp:{self.metrics}"] if self.metrics else [])):
             parse_address(text)
-        if self.notify_host not in ("", HOST):
-            address = parse_address(self.notify_host)
+        for key, text in (("notify_host", self.notify_host), ("crash_host", self.crash_host)):
+            if text in ("", HOST):
+                continue
+            address = parse_address(text)
             if isinstance(address, TcpAddress) and not address.loopback:
-                raise ConfigError(f"notify_host {address}: over tcp: a loopback address alone is accepted")
+                raise ConfigError(f"{key} {address}: over tcp: a loopback address alone is accepted")
 
 
 @dataclass(frozen=True, slots=True)

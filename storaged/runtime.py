@@ -240,6 +240,10 @@ class StorageService:
         await self._ask(ev.SuspendRequested(self._world.clock.monotonic()))
         await self._settle_tasks()
 
+    async def look(self) -> bool:
+        """Something was mounted: nothing to this engine, which has its filesystem (see `late`)."""
+        return True
+
     async def alive(self) -> None:
         """Returns once the writer has handled all that came before: it does not when the writer hangs."""
         clock = self._world.clock

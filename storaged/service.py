@@ -9,7 +9,7 @@ from collections.abc import Callable
 from storaged.config import Settings, restart_needed
 from storaged.core import events as ev
 from storaged.core.machine import State
-from storaged.errors import ConfigError
+from storaged.errors import ConfigError, StoragedError
 from storaged.notify import Notifier
 from storaged.resize.job import JobState
 from storaged.rpc.server import Server
@@ -57,7 +57,10 @@ class ManagedService:
     def ready(self) -> None:
         """Serving, for the first time."""
         self._notifier.ready()
-        self._notifier.status(status_text(self._storage.snapshot.state))
+        try:
+            self._notifier.status(status_text(self._storage.snapshot.state))
+        except StoragedError as error:
+            self._notifier.status(error.message)
 
     async def keep_alive(self) -> None:
         """While the engine answers, say so as often as the manager wants to hear it."""

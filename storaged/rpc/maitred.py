@@ -146,7 +146,10 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
         return decode_processes.launched(await processes.launch(decode_processes.launch(request)))
 
     async def Mount(self, request: vm_guest_pb2.MountRequest, context: Context) -> vm_guest_pb2.MountResponse:
-        return vm_guest_pb2.MountResponse(error=await _there(self._mounts).mount(decode_mounts.mount(request)))
+        error = await _there(self._mounts).mount(decode_mounts.mount(request))
+        if not error:
+            await self._storage.look()
+        return vm_guest_pb2.MountResponse(error=error)
 
     async def Mount9P(self, request: vm_guest_pb2.Mount9PRequest, context: Context) -> vm_guest_pb2.MountResponse:
         await _there(self._mounts).mount_9p(decode_mounts.mount_9p(request))
@@ -155,8 +158,9 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     async def StartTermina(
         self, request: vm_guest_pb2.StartTerminaRequest, context: Context
     ) -> vm_guest_pb2.StartTerminaResponse:
-        termina = _there(self._termina)
-        return decode_containers.started(await termina.start(decode_containers.termina(request)))
+        result = await _there(self._termina).start(decode_containers.termina(request))
+        await self._storage.look()
+        return decode_containers.started(result)
 
     async def ConfigureContainerGuest(
         self, request: vm_guest_pb2.ConfigureContainerGuestRequest, context: Context

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
-from storaged.addresses import VsockAddress
+from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
 
 log = logging.getLogger(__name__)
 BUFFER = 64 << 10
@@ -100,3 +101,24 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         await writer.drain()
     if writer.can_write_eof():
         writer.write_eof()
+
+
+@contextlib.asynccontextmanager
+async def reach(address: Address) -> AsyncIterator[str]:
+    """A gRPC target that leads to `address`, for as long as the block lasts."""
+    if isinstance(address, UnixAddress):
+        yield f"unix:{address.path}"
+        return
+    if isinstance(address, TcpAddress):
+        yield f"{address.host}:{address.port}"
+        return
+    private = PrivateDirectory()
+    try:
+        way = Outward(to_vsock(address))
+        try:
+            await way.start(private.socket("out"))
+            yield f"unix:{private.socket('out')}"
+        finally:
+            await way.close()
+    finally:
+        private.remove()

@@ -9,9 +9,9 @@ import random
 import grpc
 import grpc.aio
 
-from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress
+from storaged.addresses import Address
 from storaged.config import NotifyConfig
-from storaged.rpc.outward import Outward, PrivateDirectory, to_vsock
+from storaged.rpc.outward import reach
 from storaged.rpc.proto import common_pb2, vm_host_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -19,27 +19,8 @@ log = logging.getLogger(__name__)
 
 async def tell_host(address: Address, config: NotifyConfig | None = None) -> bool:
     """VmReady, again until the host answers or it has been tried for long enough; true when it answered."""
-    config = config or NotifyConfig()
-    private: PrivateDirectory | None = None
-    way: Outward | None = None
-    try:
-        if isinstance(address, VsockAddress):
-            private = PrivateDirectory()
-            way = Outward(to_vsock(address))
-            await way.start(private.socket("out"))
-            target = f"unix:{private.socket('out')}"
-        else:
-            target = _target(address)
-        return await _tell(target, address, config)
-    finally:
-        if way is not None:
-            await way.close()
-        if private is not None:
-            private.remove()
-
-
-def _target(address: UnixAddress | TcpAddress) -> str:
-    return f"unix:{address.path}" if isinstance(address, UnixAddress) else f"{address.host}:{address.port}"
+    async with reach(address) as target:
+        return await _tell(target, address, config or NotifyConfig())
 
 
 async def _tell(target: str, address: Address, config: NotifyConfig) -> bool:

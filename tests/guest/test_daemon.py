@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from lab.loop import Guest, workspace
+from lab.loop import Guest, run, workspace
 from storaged.rpc.proto import common_pb2, vm_guest_pb2_grpc
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB
@@ -35,7 +35,7 @@ mount -t tmpfs over "$1/over"
 mkdir "$1/over/upper" "$1/over/work"
 cp -r "$1/maitred" "$1/over/upper/maitred"
 mount -t overlay etc -o "lowerdir=/etc,upperdir=$1/over/upper,workdir=$1/over/work" /etc
-exec "$2" -m storaged serve --listen "unix:$1/s" --stateful "$1/guest" --state-dir "$1/state"
+exec "$2" -m storaged serve --listen "unix:$1/s" --stateful "$1/$3" --state-dir "$1/state"
 """
 
 
@@ -78,7 +78,7 @@ class Running:
 
 
 @asynccontextmanager
-async def daemon(directory: Path, *, init: bool) -> AsyncIterator[Running]:
+async def daemon(directory: Path, *, init: bool, stateful: str = "guest") -> AsyncIterator[Running]:
     """Run it until the end of the block; it must stop when asked to."""
     (directory / "maitred").mkdir()
     for name, text in (
@@ -91,7 +91,7 @@ async def daemon(directory: Path, *, init: bool) -> AsyncIterator[Running]:
     namespaces = ["--mount", *(["--pid", "--fork", "--mount-proc", "--kill-child"] if init else [])]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(  # noqa: ASYNC220  # ended below
-            ["unshare", *namespaces, "sh", "-c", START, "sh", str(directory), sys.executable],
+            ["unshare", *namespaces, "sh", "-c", START, "sh", str(directory), sys.executable, stateful],
             stderr=log,
             cwd=ROOT,
         )
@@ -169,6 +169,34 @@ async def test_programs_and_mounts(place: Path, init: bool) -> None:
         assert not (await one.maitred.GetResizeStatus(common_pb2.EmptyMessage())).resize_in_progress
         await one.maitred.ResizeFilesystem(vm.ResizeFilesystemRequest(size=512 << 20))
         assert await one.resized() == 512 << 20, "the child that resizes is still waited for by its own"
+
+
+async def test_the_filesystem_may_come_after_the_daemon(place: Path) -> None:
+    image = place / "later.img"
+    with image.open("wb") as file:
+        file.truncate(GIB)
+    device = run("losetup", "--show", "-f", "--direct-io=off", image)
+    nothing = common_pb2.EmptyMessage()
+    async with daemon(place, init=True, stateful="later") as one:
+        for call in (
+            one.maitred.GetAvailableSpace(nothing),
+            one.maitred.GetResizeStatus(nothing),
+            one.maitred.UpdateStorageBalloon(vm.UpdateStorageBalloonRequest(state=1, free_space_bytes=GIB)),  # type: ignore[arg-type]
+        ):
+            code, text = await refused(call)
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert f"{place}/later" in text
+        await one.maitred.PrepareToSuspend(nothing)
+        request = vm.MountRequest(
+            source=device, target=f"{place}/later", fstype="btrfs", create_target=True, mkfs_if_needed=True
+        )
+        assert (await one.maitred.Mount(request)).error == 0
+        assert (await one.maitred.GetAvailableSpace(nothing)).available_space > GIB // 2, "at once"
+        report = vm.UpdateStorageBalloonRequest(state=1, free_space_bytes=GIB + (100 << 20))  # type: ignore[arg-type]
+        assert (await one.maitred.UpdateStorageBalloon(report)).result == vm.SUCCESS
+        assert (await one.maitred.GetAvailableSpace(nothing)).available_space <= 220 << 20
+        log = (place / "log").read_text()
+        assert "in use: " in log
 
 
 async def test_a_resize_child_that_is_killed_under_process_1_is_found_by_whoever_started_it(place: Path) -> None:
