@@ -9,7 +9,7 @@ RUFF  := $(PY) -m ruff
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz lint docs format bench sim-sharing proto proto-check lock clean
+.PHONY: help setup demo test test-long fuzz soak lint docs format bench sim-sharing proto proto-check lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ format: setup ## Format the code, and fix what can be fixed by itself
 
 fuzz: setup ## Fuzz everything that reads what others wrote (ARGS='--runs 100000 LaunchProcess')
 	@$(PY) -m lab.fuzz $(ARGS)
+
+soak: setup ## Mixed calls for four minutes: memory, files and threads stay flat (ARGS='--seconds 600')
+	@$(PY) -m lab.soak $(ARGS)
 
 bench: setup ## Measure against real peers
 	@$(PY) benchmarks/run.py $(ARGS)
