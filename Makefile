@@ -37,10 +37,12 @@ lint: setup ## Check style, formatting, types, who imports whom, and the generat
 	@$(PY) -m mypy --no-error-summary
 	@.venv/bin/lint-imports --no-logo
 	@$(PY) tools/diagrams.py --check
+	@$(PY) tools/metrics.py --check
 	@echo 'lint: style, formatting, types and imports are fine'
 
 docs: setup ## Write the pages that are made from the code
 	@$(PY) tools/diagrams.py
+	@$(PY) tools/metrics.py
 
 format: setup ## Format the code, and fix what can be fixed by itself
 	@$(RUFF) check --quiet --fix-only --exit-zero $(PATHS)

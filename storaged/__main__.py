@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--listen", metavar="ADDR", action="append", help="unix:/path or tcp:HOST:PORT; may be repeated")
     serve.add_argument("--stateful", metavar="PATH", help="where the btrfs to manage is mounted")
     serve.add_argument("--state-dir", metavar="DIR", help="where the journal is kept")
-    serve.add_argument("--metrics", metavar="HOST:PORT", help="serve Prometheus metrics there")
+    serve.add_argument("--metrics", metavar="ADDR", help="serve Prometheus metrics on HOST:PORT or unix:/path")
     serve.add_argument("--release", action="store_true", help="give the balloon back when the daemon stops")
     serve.add_argument("--insecure", action="store_true", help="allow tcp: without TLS on a loopback address")
     serve.add_argument("--tls-cert", metavar="FILE", help="our certificate, PEM")

@@ -83,7 +83,7 @@ async def serve(options: Options) -> None:
     await storage.start()
     try:
         if config.metrics:
-            from storaged import metrics  # 5 MB that a daemon without metrics need not carry
+            from storaged.metrics import exporter as metrics  # 5 MB that a daemon without metrics need not carry
 
             exporter = metrics.serve(storage, config.metrics)
         bound = await server.start(addresses, tls=options.tls, insecure=options.insecure)
