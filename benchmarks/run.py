@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import balloon, footprint, idle, report, resize, rpc
+from benchmarks import balloon, footprint, idle, report, resize, rpc, scrape
 from benchmarks.measure import Row
 from lab.loop import sweep, workspace
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = {module.SECTION: module.measure for module in (balloon, resize, rpc, footprint, idle)}
+SECTIONS = {module.SECTION: module.measure for module in (balloon, resize, rpc, scrape, footprint, idle)}
 
 
 def _arguments() -> argparse.Namespace:
