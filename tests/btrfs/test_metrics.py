@@ -123,7 +123,7 @@ def test_metrics_agree_with_the_filesystem_through_a_run(
     moved = seen("resize_moved_bytes_total")
     figures.note(shrink_to=target, moved=moved, written_to_the_disk=written)
     assert 0.5 * written <= moved <= written, "what is said to have moved was written to the disk"
-    assert moved >= FILE
+    assert moved >= 16 * MIB, "the layout was to leave something to move"
 
 
 def run_trim(daemon: Daemon) -> int:
