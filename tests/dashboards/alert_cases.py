@@ -123,6 +123,7 @@ CASES = (
     _quiet("StoragedResizeStuck", "no job, nothing moves", _STANDS, "20m"),
     _fires("StoragedDiscardUnavailable", "a disk without discard", {DISCARD: flat(0)}, "20m"),
     _quiet("StoragedDiscardUnavailable", "five minutes without", {DISCARD: "0x20 1x160"}, "5m"),
+    _quiet("StoragedDiscardUnavailable", "a disk with discard", {}, "17m"),
     _fires("StoragedGuestNearlyFull", "100 MiB of 8 GiB", {AVAILABLE: flat(100 * MIB)}, "6m"),
     _fires(
         "StoragedGuestNearlyFull",
