@@ -116,7 +116,7 @@ GUESTS = Row(
             runbook="StoragedBalloonOffTarget",
         ),
         Panel(
-            "Guests",
+            "Guests by what is left",
             "Everything about each, the one with the least to write first.",
             Kind.TABLE,
             BYTES,
