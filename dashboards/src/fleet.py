@@ -22,9 +22,11 @@ from dashboards.src.model import (
 
 G = 'job=~"$job", host=~"$host"'
 H = 'host=~"$host"'
-NEARLY_FULL = f"storaged_filesystem_available_bytes{{{G}}} < 0.02 * storaged_filesystem_size_bytes{{{G}}}"
-SHORT = f"storaged_balloon_target_bytes{{{G}}} - storaged_balloon_size_bytes{{{G}}} > 67108864"
+NEARLY_FULL = f"storaged_filesystem_available_bytes{{{G}}} < bool 0.02 * storaged_filesystem_size_bytes{{{G}}}"
+SHORT = f"storaged_balloon_target_bytes{{{G}}} - storaged_balloon_size_bytes{{{G}}} > bool 67108864"
 SLACK = " - ".join(f"storaged_host_pool_{part}_bytes{{{H}}}" for part in ("free", "reserve", "promised"))
+FAULTS = "UNKNOWN|INTERNAL|UNAVAILABLE|DATA_LOSS|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+"""Codes that are the server's doing."""
 
 NOW = Row(
     "Now",
@@ -33,7 +35,7 @@ NOW = Row(
         stat(
             "Guests in danger",
             "Nearly full, read-only, or with a balloon that is short of its target.",
-            f"count(({NEARLY_FULL}) or storaged_filesystem_read_only{{{G}}} == 1 or ({SHORT})) or vector(0)",
+            f"sum(clamp_max(({NEARLY_FULL}) + storaged_filesystem_read_only{{{G}}} + ({SHORT}), 1))",
             COUNT,
             steps=ANY_IS_BAD,
             runbook="StoragedGuestNearlyFull",
@@ -49,7 +51,7 @@ NOW = Row(
         stat(
             "Balloons off target",
             "Balloons that lack 64 MiB or more.",
-            f"count({SHORT}) or vector(0)",
+            f"sum({SHORT})",
             COUNT,
             steps=ANY_IS_BAD,
             runbook="StoragedBalloonOffTarget",
@@ -170,9 +172,8 @@ WORK = Row(
             CALLS,
             (
                 (
-                    f'sum(rate(grpc_server_handled_total{{{G}, grpc_code=~"UNKNOWN|INTERNAL|UNAVAILABLE|DATA_LOSS|'
-                    'DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"}[$__rate_interval]))'
-                    f" or 0 * sum(rate(grpc_server_handled_total{{{G}}}[$__rate_interval]))"
+                    f"clamp_min(sum(rate(grpc_server_handled_total{{{G}}}[$__rate_interval]))"
+                    f' - sum(rate(grpc_server_handled_total{{{G}, grpc_code!~"{FAULTS}"}}[$__rate_interval])), 0)'
                 ),
                 "failed",
             ),

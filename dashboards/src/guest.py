@@ -277,9 +277,9 @@ RPC = Row(
             (
                 "sum by (grpc_code) (rate("
                 + only("grpc_server_handled_total", ', grpc_code!="OK"')
-                + "[$__rate_interval])) or 0 * sum(rate("
+                + "[$__rate_interval])) or label_replace(0 * sum(rate("
                 + only("grpc_server_handled_total")
-                + "[$__rate_interval]))",
+                + '[$__rate_interval])), "grpc_code", "none", "", "")',
                 "{{grpc_code}}",
             ),
             width=8,

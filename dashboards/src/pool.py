@@ -55,7 +55,7 @@ NOW = Row(
         stat(
             "Guests that do not answer",
             "What they were granted stays set aside.",
-            f"count(storaged_host_guest_up{{{H}}} == 0) or vector(0)",
+            f"sum(storaged_host_guest_up{{{H}}} == bool 0)",
             COUNT,
             steps=ANY_IS_BAD,
             runbook="StoragedDown",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from dashboards.build import BOARDS
@@ -18,6 +19,7 @@ from tests.metrics.support import ROOT
 
 Json = dict[str, Any]
 Complaints = Iterator[str]
+register_default_plugins()  # so that options of each kind of panel are read by their own types
 DEFAULT_STEPS = [{"color": "green", "value": None}, {"color": "red", "value": 80}]
 NARROWED = {"storaged-fleet": {"host"}, "storaged-guest": {"job", "host", "vm"}, "storaged-pool": {"job", "host"}}
 GRAFANAS = {"__rate_interval", "__range", "__interval", "__url_time_range", "__data"}

@@ -25,10 +25,10 @@ class Mutation:
     live: bool = False
 
 
-def _swap(old: str, new: str) -> Change:
+def _swap(old: str, new: str, count: int = 1) -> Change:
     def change(_: Json, __: Json, target: Json) -> bool:
         before = target["expr"]
-        target["expr"] = re.sub(old, new, before, count=1)
+        target["expr"] = re.sub(old, new, before, count=count)
         return bool(target["expr"] != before)
 
     return change
@@ -69,7 +69,7 @@ def _moved(_: Json, panel: Json, __: Json) -> None:
 
 def _legend(_: Json, panel: Json, target: Json) -> bool:
     target["legendFormat"] = "{{device}}"
-    return panel["type"] != "table"
+    return bool(panel["type"] != "table")
 
 
 def _same_id(board: Json, panel: Json, _: Json) -> None:
@@ -114,8 +114,8 @@ def _everybody(_: Json, panel: Json, target: Json) -> bool:
 
 
 MUTATIONS = (
-    Mutation("a metric that does not exist", _swap(r"(storaged|grpc_server)_\w+", r"\g<0>x"), live=True),
-    Mutation("a label value that does not exist", _swap(r'job=~"[^"]*"', 'job="nobody"'), live=True),
+    Mutation("a metric that does not exist", _swap(r"(storaged|grpc_server)_\w+", r"\g<0>x", 0), live=True),
+    Mutation("a label value that does not exist", _swap(r'host=~"[^"]*"', 'host="x"', 0), live=True),
     Mutation("a label that does not exist", _swap(r"\{", '{zone="x", ')),
     Mutation("a query that is no PromQL", _swap(r"\}", "}}"), live=True),
     Mutation("a counter without a rate", _swap(r"rate\((.*?)\[\$__rate_interval\]\)", r"(\1)")),

@@ -61,7 +61,7 @@ def unit(expression: str) -> str | None:
         return SHARE
     if "histogram_quantile" in first.within or first.name.endswith("_seconds_sum"):
         return SECONDS
-    if "count" in first.within:
+    if "count" in first.within or " bool " in expression:
         return COUNT
     if "rate" in first.within or "irate" in first.within:
         return RATE if first.name.endswith("_bytes_total") else CALLS
