@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dashboards.src.model import BYTES, CALLS, COUNT, RATE, SECONDS, SHARE
+from lab.prometheus import SCRAPE_S, BadQuery, Prometheus
 from storaged.units import TIB
 from tests.dashboards.lint import Json, panels, variables
-from tests.dashboards.prometheus import SCRAPE_S, BadQuery, Prometheus
 
 PLAUSIBLE = {
     BYTES: (-TIB, 100 * TIB),

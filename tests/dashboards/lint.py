@@ -14,8 +14,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from dashboards.build import BOARDS
 from dashboards.src.model import RUNBOOKS
 from dashboards.src.series import KNOWN
+from lab.prometheus import ROOT
 from tests.dashboards import promql
-from tests.metrics.support import ROOT
 
 Json = dict[str, Any]
 Complaints = Iterator[str]

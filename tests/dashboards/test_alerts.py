@@ -14,8 +14,9 @@ import yaml
 
 from dashboards.src.model import RUNBOOKS
 from dashboards.src.series import KNOWN
+from lab.prometheus import ROOT
 from tests.dashboards.alert_cases import CASES, document
-from tests.metrics.support import ROOT, promtool, tool
+from tests.metrics.support import promtool, tool
 
 RULES = ROOT / "packaging" / "prometheus"
 BOOKS = ROOT / "docs" / "runbooks"

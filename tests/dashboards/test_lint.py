@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from dashboards.build import BOARDS, TARGET
+from lab.prometheus import ROOT
 from tests.dashboards.lint import Json, complaints, panels
 from tests.dashboards.test_alerts import alerts
-from tests.metrics.support import ROOT
 
 
 def load(name: str) -> Json:

@@ -15,11 +15,11 @@ import pytest
 from dashboards.build import BOARDS
 from demo.world import free_port
 from lab.daemon import Daemon
+from lab.prometheus import Prometheus, Target
 from storaged.units import GIB
 from tests.dashboards.grafana import Window, faults
 from tests.dashboards.lint import complaints
 from tests.dashboards.mutations import MUTATIONS, mutants
-from tests.dashboards.prometheus import Prometheus, Target
 from tests.dashboards.standin import Member, StandIn
 from tests.dashboards.test_lint import load
 from tests.metrics.support import tool
@@ -56,16 +56,16 @@ def stage(directory: Path, members: list[Member]) -> Iterator[Live]:
             for one in members
         ]
         targets.append(Target("storaged-host", host.address, "/host", (("host", "h1"),)))
-        with Prometheus(directory, targets) as prometheus:
+        with Prometheus(directory, targets, free_port()) as prometheus:
             start = time.time()
-            load_(members, start + RUN_S)
+            burden(members, start + RUN_S)
             assert host.errors == []
             assert prometheus.unhealthy() == []
             # The first seconds have no rate yet: nobody's dashboard begins with the first sample ever.
             yield Live(prometheus, Window(start + 5, time.time()), members)
 
 
-def load_(members: list[Member], until: float) -> None:
+def burden(members: list[Member], until: float) -> None:
     """Resizes, refused ones too, and what a host asks for in between."""
     first = members[0]
     while time.time() < until:

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import os
-import shutil
 import socket
 import subprocess
-from pathlib import Path
 from typing import Any, Self
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lab.prometheus import find
 from storaged.addresses import UnixAddress
 from storaged.metrics import exporter
 from storaged.runtime import StorageService
 
-ROOT = Path(__file__).resolve().parents[2]
 Key = tuple[Any, ...]
 
 
 def tool(name: str) -> str:
     """One of Prometheus' programs: unpacked by `make setup`, or on PATH. Skips the test when there is none."""
-    beside = ROOT / "build" / "prometheus" / "usr" / "bin" / name
-    found = str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
+    found = find(name)
     if found is None:
         pytest.skip(f"needs {name} (Debian's prometheus; tools/prometheus.sh)")
     return found

@@ -1,8 +1,13 @@
-"""A real Prometheus on a port of its own, and the questions that Grafana asks it."""
+"""A real Prometheus with our rules, on a port of its own, and the questions that Grafana asks it.
+
+Found on PATH, or in build/prometheus where `make setup` unpacks Debian's.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import time
 import urllib.error
@@ -12,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
-from demo.world import free_port
-from tests.metrics.support import ROOT, tool
-
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGURATION = ROOT / "packaging" / "prometheus"
 STARTS_WITHIN_S = 30.0
 SCRAPE_S = 1
+
+
+def find(name: str) -> str | None:
+    """One of Prometheus' programs; None when it is not on this machine."""
+    beside = ROOT / "build" / "prometheus" / "usr" / "bin" / name
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +46,29 @@ class BadQuery(Exception):
 class Prometheus:
     """Scrapes `targets` every second with our rules and alerts, until the end of `with`."""
 
-    def __init__(self, directory: Path, targets: list[Target]) -> None:
+    def __init__(self, directory: Path, targets: list[Target], port: int) -> None:
         self._directory = directory
         self._targets = targets
-        self._url = f"http://127.0.0.1:{free_port()}"
+        self.url = f"http://127.0.0.1:{port}"
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
+
     def __enter__(self) -> Self:
-        program = tool("prometheus")
+        return self.start()
+
+    def start(self) -> Self:
+        """Start it and wait until it answers. Raises RuntimeError with its log when it does not."""
+        program = find("prometheus")
+        if program is None:
+            raise RuntimeError("prometheus is not on this machine")
+        self._directory.mkdir(exist_ok=True)
         for name in ("rules.yml", "alerts.yml"):
-            text = (ROOT / "packaging" / "prometheus" / name).read_text(encoding="utf-8")
+            text = (CONFIGURATION / name).read_text(encoding="utf-8")
             (self._directory / name).write_text(text.replace("interval: 30s", "interval: 1s"), encoding="utf-8")
         (self._directory / "prometheus.yml").write_text(self._config(), encoding="utf-8")
         with (self._directory / "prometheus.log").open("wb") as log:
@@ -56,7 +77,7 @@ class Prometheus:
                     program,
                     f"--config.file={self._directory}/prometheus.yml",
                     f"--storage.tsdb.path={self._directory}/data",
-                    f"--web.listen-address={self._url.removeprefix('http://')}",
+                    f"--web.listen-address={self.url.removeprefix('http://')}",
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -65,7 +86,7 @@ class Prometheus:
         try:
             self._wait()
         except BaseException:
-            self.__exit__()
+            self.stop()
             raise
         return self
 
@@ -74,7 +95,7 @@ class Prometheus:
         until = time.monotonic() + STARTS_WITHIN_S
         while True:
             try:
-                with urllib.request.urlopen(f"{self._url}/-/ready", timeout=2):
+                with urllib.request.urlopen(f"{self.url}/-/ready", timeout=2):
                     return
             except OSError:
                 if self._process.poll() is not None or time.monotonic() > until:
@@ -82,30 +103,38 @@ class Prometheus:
                 time.sleep(0.1)
 
     def __exit__(self, *_: object) -> None:
-        assert self._process is not None
+        self.stop()
+
+    def stop(self) -> None:
+        """SIGTERM and wait."""
+        if self._process is None:
+            return
         self._process.terminate()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process = None
 
     def _config(self) -> str:
-        """The scrape configuration that is shipped, with these targets, faster."""
-        shipped = yaml.safe_load((ROOT / "packaging" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
-        del shipped["alerting"]
-        shipped["global"] = {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}
-        for job in shipped["scrape_configs"]:
-            del job["file_sd_configs"]
-            job["static_configs"] = [
-                {"targets": [one.address], "labels": {"__metrics_path__": one.path, **dict(one.labels)}}
-                for one in self._targets
-                if one.job == job["job_name"]
-            ]
-        return yaml.safe_dump(shipped)
+        """As the shipped scrape configuration, with these targets, faster. JSON, which YAML's readers read too."""
+        jobs = [
+            {
+                "job_name": job,
+                "static_configs": [
+                    {"targets": [one.address], "labels": {"__metrics_path__": one.path, **dict(one.labels)}}
+                    for one in self._targets
+                    if one.job == job
+                ],
+            }
+            for job in sorted({one.job for one in self._targets})
+        ]
+        pace = {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}
+        return json.dumps({"global": pace, "rule_files": ["rules.yml", "alerts.yml"], "scrape_configs": jobs})
 
     def _get(self, path: str, **parameters: str) -> Any:
-        url = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=20) as answer:
                 return json.load(answer)["data"]
