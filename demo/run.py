@@ -24,6 +24,7 @@ from demo import scenes, sim
 from demo.screen import Screen
 from demo.world import Host, Member, build_host, build_member, watched
 from lab.loop import PREFIX, clear, run, sweep, workspace
+from storaged.btrfs.system import ProcSysctl
 
 KEPT = "kept.json"
 
@@ -86,6 +87,9 @@ def real(screen: Screen, *, keep: bool) -> list[str]:
     with stage(keep=keep) as directory, contextlib.ExitStack() as cleanup:
         with screen:
             screen.say("setting the stage: a host's disk, two guests, a storaged in each")
+            # The guests of a demo share this machine's write-back limits; a daemon that is killed puts none back.
+            sysctl = ProcSysctl()
+            cleanup.callback(sysctl.set_dirty_limits, sysctl.dirty_limits())
             disk = build_host(directory)
             members: list[Member] = []
             for name in ("a", "b"):
