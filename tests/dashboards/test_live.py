@@ -95,6 +95,13 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
             yield recorded
 
 
+def test_alerts_that_are_due_can_say_what_is_the_matter(live: Live) -> None:
+    due = live.prometheus.alerts()
+    assert due, "a host that is nearly full every ten seconds leaves nothing to say?"
+    said = [text for alert in due for text in alert["annotations"].values()]
+    assert [text for text in said if "error expanding" in text or "<no value>" in text] == []
+
+
 @pytest.mark.parametrize("name", BOARDS)
 def test_every_query_has_an_answer_that_makes_sense(name: str, live: Live) -> None:
     assert faults(load(name), live.prometheus, live.window) == []
