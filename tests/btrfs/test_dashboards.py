@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ from lab.loop import fill
 from storaged.units import GIB, MIB
 from tests.btrfs.conftest import MakeDaemon, MakeGuest
 from tests.dashboards.grafana import faults
+from tests.dashboards.live import stage
 from tests.dashboards.standin import Member
 from tests.dashboards.test_lint import load
-from tests.dashboards.test_live import stage
 from tests.metrics.support import tool
 
 pytestmark = pytest.mark.btrfs
@@ -29,6 +28,6 @@ def test_dashboards_on_a_real_filesystem(make_guest: MakeGuest, make_daemon: Mak
         fill(guest.mountpoint / "data", 300 * MIB)
         metrics = f"127.0.0.1:{free_port()}"
         members.append(Member(name, make_daemon(guest, "--metrics", metrics), metrics, guest.host_bytes))
-    with contextlib.contextmanager(stage)(tmp_path, members) as live:
+    with stage(tmp_path, members) as live:
         found = {name: faults(load(name), live.prometheus, live.window) for name in BOARDS}
     assert {name: sentences for name, sentences in found.items() if sentences} == {}

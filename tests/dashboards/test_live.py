@@ -2,98 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import pytest
 
 from dashboards.build import BOARDS
-from demo.world import free_port
-from lab.daemon import Daemon
-from lab.prometheus import Prometheus, Target
-from storaged.units import GIB
-from tests.dashboards.grafana import Window, faults
+from tests.dashboards.grafana import faults
 from tests.dashboards.lint import complaints
+from tests.dashboards.live import Live, simulated, stage
 from tests.dashboards.mutations import MUTATIONS, mutants
-from tests.dashboards.standin import Member, StandIn
 from tests.dashboards.test_lint import load
 from tests.metrics.support import tool
-
-RUN_S = 14.0
-POOL = 24 * GIB
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """What was recorded."""
-
-    prometheus: Prometheus
-    window: Window
-    members: list[Member]
-
-
-def swinging(began: float) -> int:
-    """What is left on the host's disk: down from 16 GiB to nearly nothing and up again, every ten seconds."""
-    return int(8 * GIB + 7.6 * GIB * math.cos((time.monotonic() - began) * math.tau / 10))
-
-
-def stage(directory: Path, members: list[Member]) -> Iterator[Live]:
-    """Run a host over `members` under load, and let Prometheus watch."""
-    began = time.monotonic()
-    with StandIn(members, lambda: swinging(began), POOL) as host:
-        targets = [
-            Target(
-                "storaged",
-                host.address,
-                f"/guest/{one.name}",
-                (("host", "h1"), ("vm", one.name), ("instance", one.name)),
-            )
-            for one in members
-        ]
-        targets.append(Target("storaged-host", host.address, "/host", (("host", "h1"),)))
-        with Prometheus(directory, targets, free_port()) as prometheus:
-            start = time.time()
-            burden(members, start + RUN_S)
-            assert host.errors == []
-            assert prometheus.unhealthy() == []
-            # The first seconds have no rate yet: nobody's dashboard begins with the first sample ever.
-            yield Live(prometheus, Window(start + 5, time.time()), members)
-
-
-def burden(members: list[Member], until: float) -> None:
-    """Resizes, refused ones too, and what a host asks for in between."""
-    first = members[0]
-    while time.time() < until:
-        minimum = first.call("GetResizeBounds", first.daemon.minimum)
-        first.call("ResizeFilesystem", partial(first.daemon.resize, max(minimum, 3 * GIB)))
-        first.daemon.wait_resized()
-        first.call("ResizeFilesystem", partial(first.daemon.resize, 4 * GIB))
-        first.daemon.wait_resized()
-        first.call("ResizeFilesystem", partial(first.daemon.resize, 1))
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """Three simulated guests."""
+    """Three simulated guests, recorded."""
     tool("prometheus")
     directory = tmp_path_factory.mktemp("live")
-    with contextlib.ExitStack() as cleanup:
-        members = []
-        # The last is so small that it is always close to ENOSPC.
-        for name, size in (("a", "4G"), ("b", "4G"), ("c.d", "300M")):
-            home = directory / name
-            home.mkdir()
-            metrics = f"127.0.0.1:{free_port()}"
-            daemon = cleanup.enter_context(Daemon(home, "--sim-size", size, "--metrics", metrics))
-            members.append(Member(name, daemon, metrics, lambda: GIB))
-        with contextlib.contextmanager(stage)(directory, members) as recorded:
-            yield recorded
+    with simulated(directory) as members, stage(directory, members) as recorded:
+        yield recorded
 
 
 def test_alerts_that_are_due_can_say_what_is_the_matter(live: Live) -> None:
