@@ -3,6 +3,7 @@
 import React from 'react';
 import { createRoot } from 'react-dom/client';
 import { FieldType, ThemeContext, createTheme, dateTime, getDisplayProcessor, getFieldDisplayName } from '@grafana/data';
+import 'uplot/dist/uPlot.min.css';
 import { BigValue, GlobalStyles, PanelChrome, Table, TimeSeries } from '@grafana/ui';
 
 const { board, answers, start, end } = window.PREVIEW;

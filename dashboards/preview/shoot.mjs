@@ -7,7 +7,24 @@ import { chromium } from 'playwright-core';
 
 const [, , program, work, out] = process.argv;
 const here = import.meta.dirname;
+
+// Old packages keep what they export under `default`; an ES module's import of them finds the wrapper in its place.
+const unwrapped = {
+  name: 'unwrapped',
+  setup(build) {
+    const filter = /^(react-custom-scrollbars-2|react-highlight-words|rc-[a-z]+|@rc-component\/[a-z]+|react-table)$/;
+    build.onResolve({ filter }, ({ path: name, namespace, importer }) =>
+      namespace === 'unwrapped' || !importer.includes('@grafana') ? undefined : { path: name, namespace: 'unwrapped' });
+    build.onLoad({ filter: /./, namespace: 'unwrapped' }, ({ path: name }) => ({
+      contents: `const found = require(${JSON.stringify(name)});
+module.exports = found.default ? Object.assign(found.default, found) : found;`,
+      resolveDir: here,
+    }));
+  },
+};
+
 await build({
+  plugins: [unwrapped],
   entryPoints: [path.join(here, 'page.jsx')],
   bundle: true,
   outfile: path.join(work, 'page.js'),
@@ -15,7 +32,7 @@ await build({
   format: 'iife',
   minify: true,
   define: { 'process.env.NODE_ENV': '"production"', global: 'window' },
-  loader: { '.svg': 'dataurl', '.woff2': 'dataurl', '.png': 'dataurl' },
+  loader: { '.svg': 'dataurl', '.woff2': 'dataurl', '.ttf': 'dataurl', '.woff': 'dataurl', '.png': 'dataurl' },
   logLevel: 'error',
 });
 const script = await readFile(path.join(work, 'page.js'), 'utf8');
@@ -32,7 +49,7 @@ try {
     const errors = [];
     page.on('pageerror', (error) => errors.push(error.message));
     const html = path.join(work, `${name}.html`);
-    await writeFile(html, `<!doctype html><meta charset="utf-8"><body style="margin:0"><div id="root"></div>
+    await writeFile(html, `<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="page.css"><body style="margin:0"><div id="root"></div>
 <script>window.PREVIEW = ${data.replaceAll('<', '\\u003c')};</script><script src="page.js"></script>`);
     await page.goto(`file://${html}`);
     await page.waitForSelector('[data-panel], #failed', { timeout: 30000 }).catch((error) => errors.push(error.message));

@@ -64,7 +64,7 @@ NOW = Row(
             runbook="StoragedDiscardUnavailable",
         ),
         stat(
-            "Not promised, tightest pool",
+            "Tightest pool",
             "Free less reserve less promises, where it is least.",
             f"min({SLACK})",
             BYTES,

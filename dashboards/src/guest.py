@@ -230,7 +230,10 @@ RESIZE = Row(
             "0 while none runs.",
             SHARE,
             (
-                f"{only('storaged_resize_progress_ratio')} or 0 * {only('storaged_filesystem_size_bytes')}",
+                (
+                    f"sum by ({BY}) ({only('storaged_resize_progress_ratio')}"
+                    f" or 0 * {only('storaged_filesystem_size_bytes')})"
+                ),
                 "done",
             ),
             width=8,

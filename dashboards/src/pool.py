@@ -53,8 +53,8 @@ NOW = Row(
             names=LEVELS,
         ),
         stat(
-            "Guests that do not answer",
-            "What they were granted stays set aside.",
+            "Silent guests",
+            "Guests that do not answer; what they were granted stays set aside.",
             f"sum(storaged_host_guest_up{{{H}}} == bool 0)",
             COUNT,
             steps=ANY_IS_BAD,

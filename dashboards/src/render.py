@@ -13,7 +13,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from dashboards.src.model import Board, Kind, Panel, Row, Variable
+from dashboards.src.model import SHARE, Board, Kind, Panel, Row, Variable
 
 SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "storaged"
@@ -169,6 +169,8 @@ def _stat(built: Any, panel: Panel) -> Any:
 
 def _lines(built: Any, panel: Panel) -> Any:
     stacked = panel.kind is Kind.STACK
+    if panel.unit == SHARE:
+        built = built.min(0).max(1)
     mode = common.StackingMode.NORMAL if stacked else common.StackingMode.NONE
     legend = cb.VizLegendOptions().show_legend(show_legend=True)
     return (

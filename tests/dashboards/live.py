@@ -13,6 +13,7 @@ from pathlib import Path
 from demo.world import free_port
 from lab.daemon import Daemon
 from lab.prometheus import Prometheus, Target
+from storaged.rpc.proto import storaged_v1_pb2
 from storaged.units import GIB
 from tests.dashboards.grafana import Window
 from tests.dashboards.standin import Member, StandIn
@@ -69,6 +70,7 @@ def burden(members: list[Member], until: float) -> None:
         first.call("ResizeFilesystem", partial(first.daemon.resize, 4 * GIB))
         first.daemon.wait_resized()
         first.call("ResizeFilesystem", partial(first.daemon.resize, 1))
+        first.daemon.storage.Trim(storaged_v1_pb2.TrimRequest(), timeout=20)
         time.sleep(0.3)
 
 
