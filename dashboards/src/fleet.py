@@ -57,8 +57,8 @@ NOW = Row(
             runbook="StoragedBalloonOffTarget",
         ),
         stat(
-            "Handed back",
-            "Bytes trimmed in the time that is shown.",
+            "Trimmed",
+            "Bytes trimmed in the time that is shown. Free space that is trimmed again counts again.",
             f"sum(increase(storaged_reclaimed_bytes_total{{{G}}}[$__range]))",
             BYTES,
             runbook="StoragedDiscardUnavailable",
@@ -129,8 +129,8 @@ POOLS = Row(
             runbook="StoragedPoolOverpromised",
         ),
         Panel(
-            "Handed back to the hosts",
-            "Bytes a second trimmed, by host.",
+            "Trimmed, by host",
+            "Bytes a second, as the kernel counts. What images cost is on the page of the host's pool.",
             Kind.STACK,
             RATE,
             (Query(f"sum by (host) (rate(storaged_reclaimed_bytes_total{{{G}}}[$__rate_interval]))", "{{host}}"),),
@@ -186,7 +186,7 @@ WORK = Row(
 BOARD = Board(
     "storaged-fleet",
     "storaged / Fleet",
-    "All guests and their hosts' pools: which guests are in danger, what is promised, what was handed back.",
+    "All guests and their hosts' pools: which guests are in danger, what is promised, what was trimmed.",
     variables(),
     (NOW, DANGER, POOLS, WORK),
 )

@@ -213,7 +213,7 @@ STATES = Row(
             width=8,
         ),
         lines(
-            "Handed back to the host",
+            "Trimmed",
             "Bytes a second trimmed, as the kernel counts: free space that is trimmed again counts again.",
             RATE,
             (f"rate({only('storaged_reclaimed_bytes_total')}[$__rate_interval])", "trimmed"),
