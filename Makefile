@@ -9,10 +9,11 @@ RUFF  := $(PY) -m ruff
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz soak lint docs format bench sim-sharing proto proto-check lock clean
+.PHONY: help setup demo test test-long fuzz soak lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
+	lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: ## Install system packages (as root) and make .venv with everything needed
 	@tools/setup.sh $(if $(filter setup,$(MAKECMDGOALS)),,--quiet)
@@ -38,11 +39,20 @@ lint: setup ## Check style, formatting, types, who imports whom, and the generat
 	@.venv/bin/lint-imports --no-logo
 	@$(PY) tools/diagrams.py --check
 	@$(PY) tools/configuration.py --check
+	@$(PY) tools/metrics.py --check
+	@$(PY) dashboards/build.py --check
 	@echo 'lint: style, formatting, types and imports are fine'
 
 docs: setup ## Write the pages that are made from the code
 	@$(PY) tools/diagrams.py
 	@$(PY) tools/configuration.py
+	@$(PY) tools/metrics.py
+
+dashboards: setup ## Write the dashboards' JSON from dashboards/src (RUNBOOKS=URL: where the runbooks are published)
+	@$(PY) dashboards/build.py $(if $(RUNBOOKS),--runbooks $(RUNBOOKS))
+
+dashboards-preview: setup ## Draw the dashboards with Grafana's own widgets, from a live run, into docs/img (npm, chromium)
+	@$(PY) dashboards/preview.py $(ARGS)
 
 format: setup ## Format the code, and fix what can be fixed by itself
 	@$(RUFF) check --quiet --fix-only --exit-zero $(PATHS)

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import scenes, sim
 from demo.screen import Screen
-from demo.world import Host, Member, build_host, build_member
+from demo.world import Host, Member, build_host, build_member, watched
 from lab.loop import PREFIX, clear, run, sweep, workspace
+from storaged.btrfs.system import ProcSysctl
 
 KEPT = "kept.json"
 
@@ -86,6 +87,9 @@ def real(screen: Screen, *, keep: bool) -> list[str]:
     with stage(keep=keep) as directory, contextlib.ExitStack() as cleanup:
         with screen:
             screen.say("setting the stage: a host's disk, two guests, a storaged in each")
+            # The guests of a demo share this machine's write-back limits; a daemon that is killed puts none back.
+            sysctl = ProcSysctl()
+            cleanup.callback(sysctl.set_dirty_limits, sysctl.dirty_limits())
             disk = build_host(directory)
             members: list[Member] = []
             for name in ("a", "b"):
@@ -93,6 +97,10 @@ def real(screen: Screen, *, keep: bool) -> list[str]:
                 members.append(member)
                 cleanup.callback(member.daemon.kill)
                 member.daemon.start()
+            prometheus = watched(directory, [(member.name, member.metrics) for member in members])
+            if prometheus is not None:
+                cleanup.callback(prometheus.stop)
+                screen.say(f"Prometheus with storaged's rules and alerts watches: {prometheus.url}")
             host = Host(disk, members)
             cleanup.callback(host.stop)
             play = scenes.Play(screen, host, members[0], members[1])
@@ -113,7 +121,11 @@ def real(screen: Screen, *, keep: bool) -> list[str]:
             )
         if keep:
             cleanup.pop_all()
-            (directory / KEPT).write_text(json.dumps([member.daemon.pid for member in members]), encoding="utf-8")
+            pids = [member.daemon.pid for member in members]
+            if prometheus is not None:
+                pids.append(prometheus.pid)
+                screen.console.print(f"Prometheus: {prometheus.url}", soft_wrap=True)
+            (directory / KEPT).write_text(json.dumps(pids), encoding="utf-8")
             for member in members:
                 screen.console.print(
                     f"guest {member.name}: storagectl --guest {member.daemon.address} status", soft_wrap=True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
 from demo.screen import Screen, gib
+from demo.world import free_port, watched
 from lab.daemon import Daemon
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB
@@ -21,7 +23,14 @@ def play(screen: Screen, directory: Path) -> list[str]:
             failed.append(claim)
 
     rows: list[tuple[str, ...]] = []
-    with Daemon(directory, "--sim-size", "8G") as daemon:
+    metrics = f"127.0.0.1:{free_port()}"
+    with contextlib.ExitStack() as cleanup:
+        daemon = cleanup.enter_context(Daemon(directory, "--sim-size", "8G", "--metrics", metrics))
+        prometheus = watched(directory, [("sim", metrics)])
+        if prometheus is not None:
+            cleanup.callback(prometheus.stop)
+            screen.say(f"Prometheus with storaged's rules and alerts, while this runs: {prometheus.url}")
+        screen.say(f"metrics, while this runs: curl http://{metrics}/metrics")
         screen.scene("1. The filesystem is made smaller, then larger")
         for size in (max(daemon.minimum(), GIB), 12 * GIB):
             daemon.resize(size)

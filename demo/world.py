@@ -17,6 +17,7 @@ import grpc
 
 from lab.daemon import Daemon
 from lab.loop import Guest, run
+from lab.prometheus import Prometheus, Target, find
 from storaged.core.model import Config
 from storaged.rpc.proto import vm_guest_pb2
 from storaged.units import GIB, MIB
@@ -204,3 +205,11 @@ def build_member(directory: Path, disk: Path, name: str) -> Member:
     return Member(
         name, guest, Daemon(home, "--config", str(settings), "--metrics", metrics, stateful=guest.mountpoint), metrics
     )
+
+
+def watched(directory: Path, guests: list[tuple[str, str]]) -> Prometheus | None:
+    """A Prometheus that scrapes (name, address) of each guest; None where there is none on this machine."""
+    if find("prometheus") is None:
+        return None
+    targets = [Target("storaged", address, "/metrics", (("host", "demo"), ("vm", name))) for name, address in guests]
+    return Prometheus(directory / "prometheus", targets, free_port()).start()

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--listen", metavar="ADDR", action="append", help=LISTEN)
     serve.add_argument("--stateful", metavar="PATH", help="where the btrfs to manage is mounted")
     serve.add_argument("--state-dir", metavar="DIR", help="where the journal is kept")
-    serve.add_argument("--metrics", metavar="HOST:PORT", help="serve Prometheus metrics there")
+    serve.add_argument("--metrics", metavar="ADDR", help="serve Prometheus metrics on HOST:PORT or unix:/path")
     serve.add_argument("--notify-host", metavar="ADDR", help="who is told that we serve; `host` for the usual one")
     serve.add_argument("--crash-host", metavar="ADDR", help="who is told of programs that ended; `host` likewise")
     serve.add_argument(

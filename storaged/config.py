@@ -31,7 +31,7 @@ class ServeConfig:
     )
     stateful: str = field(default="/mnt/stateful", metadata={"help": "Where the btrfs to manage is mounted."})
     state_dir: str = field(default="/var/lib/storaged", metadata={"help": "Where the journal is kept."})
-    metrics: str = field(default="", metadata={"help": "HOST:PORT for Prometheus metrics; empty: none."})
+    metrics: str = field(default="", metadata={"help": "HOST:PORT or unix:/path for Prometheus metrics; empty: none."})
     notify_host: str = field(
         default="",
         metadata={
@@ -63,7 +63,8 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        for text in (*self.listen, *([f"tcp:{self.metrics}"] if self.metrics else [])):
+        metrics = self.metrics if self.metrics.startswith(("unix:", "tcp:")) else f"tcp:{self.metrics}"
+        for text in (*self.listen, *([metrics] if self.metrics else [])):
             parse_address(text)
         for key, text in (("notify_host", self.notify_host), ("crash_host", self.crash_host)):
             if text in ("", HOST):

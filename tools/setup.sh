@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv
 log=build/setup.log
 stamp=$venv/.setup-stamp
-inputs=(tools/setup.sh pyproject.toml requirements-build.txt requirements-dev.txt)
+inputs=(tools/setup.sh tools/prometheus.sh pyproject.toml requirements-build.txt requirements-dev.txt)
 
 say() { printf 'setup: %s\n' "$*"; }
 
@@ -136,6 +136,9 @@ step "install build tools" "${pip[@]}" "${locked[@]}" -r requirements-build.txt 
 step "install $(grep -cE '^[a-z]' "$requirements") pinned packages" \
     "${pip[@]}" "${locked[@]}" -r "$requirements" || die "pip failed"
 step "install storaged, editable" "${pip[@]}" --no-deps --no-build-isolation --editable . || die "pip failed"
+
+# Only tests and the demo use it, and both say so when it is not there.
+step "unpack prometheus beside" tools/prometheus.sh || say "going on without prometheus; the reason is in $log"
 
 printf '%s' "$want" >"$stamp"
 say "done: $venv/bin/storaged, $venv/bin/storagectl"

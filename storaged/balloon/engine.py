@@ -229,8 +229,9 @@ class BalloonEngine:
                 except FilesystemError as error:
                     most = self._after_refusal(error, by, space, limit)
             else:
+                held = self._balloon.size()
                 self._balloon.shrink(-by)
-                self.deflated_total -= by
+                self.deflated_total += held - self._balloon.size()  # whole extents: it may be more than was asked
                 self._fs.sync()  # until then the kernel counts it as used
             space = self._fs.space()
 

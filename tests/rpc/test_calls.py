@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from storaged.config import LimitsConfig
 from storaged.errors import Kind, StoragedError
 from storaged.logs import REQUEST_ID, RPC_METHOD
-from storaged.metrics import CallsCollector
+from storaged.metrics.calls import CallsCollector
 from storaged.rpc import vsock
 from storaged.rpc.calls import BUCKETS
 from storaged.rpc.proto import storaged_v1_pb2 as pb

@@ -7,7 +7,7 @@ import asyncio
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from storaged.metrics import StorageCollector
+from storaged.metrics.collector import StorageCollector
 from storaged.resize.job import JobState
 from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.rpc.proto import vm_guest_pb2 as vm

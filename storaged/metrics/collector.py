@@ -1,0 +1,167 @@
+"""Fills the contract: counts events as they pass, and turns the published snapshot into samples at scrape time."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from storaged.core import events as ev
+from storaged.core.machine import State
+from storaged.metrics import build
+from storaged.metrics.families import GUEST, LEVELS, OUTCOMES, REACTION_BUCKETS, Family, Type, word
+from storaged.metrics.reader import SpaceReader
+from storaged.resize.job import Job
+from storaged.runtime import StorageService
+
+Samples = Mapping[tuple[str, ...], float]
+PLAIN: tuple[str, ...] = ()
+
+
+class StorageCollector(Collector):
+    """The guest's metrics. Made on the event loop; collected from any thread."""
+
+    def __init__(self, storage: StorageService) -> None:
+        self._storage = storage
+        self._reader = SpaceReader(storage)
+        self._build = build.labels()
+        self._updates = {"success": 0, "failed": 0, "ignored": 0}
+        self._jobs = {(way, end): 0 for way in ("grow", "shrink") for end in OUTCOMES.values()}
+        self._reactions = [0] * (len(REACTION_BUCKETS) + 1)
+        self._reacted_s = 0.0
+        self._unanswered: list[float] = []  # when reports came in that nothing has come of yet
+        self._unsettled: list[float] = []  # the same, still counting after a failure: the target is what they wait for
+        self._was_active = False
+        storage.observe(self._observe)
+
+    def _observe(self, event: ev.Event, state: State) -> None:
+        if isinstance(event, ev.HostReported):
+            self._reported(event, state)
+        elif isinstance(event, ev.BalloonSettled) and event.limit == state.balloon.limit:
+            self._answered("success")
+            for came in self._unsettled:
+                self._reacted(event.at - came)
+            self._unsettled.clear()
+        elif isinstance(event, ev.BalloonFailed) and event.limit == state.balloon.limit:
+            self._answered("failed")
+        elif isinstance(event, ev.ReleaseRequested):
+            self._unsettled.clear()  # nobody waits for that target any more
+        job = state.job
+        if self._was_active and job is not None and not job.active:
+            self._jobs["shrink" if job.shrinks else "grow", OUTCOMES[job.state]] += 1
+        self._was_active = job is not None and job.active
+
+    def _reported(self, event: ev.HostReported, state: State) -> None:
+        if state.report is not event.report:
+            self._updates["ignored"] += 1
+            return
+        self._unanswered.append(event.report.at)
+        self._unsettled.append(event.report.at)
+
+    def _answered(self, result: str) -> None:
+        self._updates[result] += len(self._unanswered)
+        self._unanswered.clear()
+
+    def _reacted(self, took: float) -> None:
+        self._reactions[bisect_left(REACTION_BUCKETS, took)] += 1
+        self._reacted_s += took
+
+    def close(self) -> None:
+        """Ask the filesystem no more."""
+        self._reader.close()
+
+    def describe(self) -> Iterator[Metric]:
+        """The families without samples: registering must not read anything."""
+        for family in GUEST:
+            yield _empty(family)
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after the other, in the contract's order; one that has no samples now is left out."""
+        values = self._values()
+        for family in GUEST:
+            if family.type is Type.HISTOGRAM:
+                yield self._histogram(family)
+            elif samples := values[family.name]:
+                metric = _empty(family)
+                for labels, value in samples.items():
+                    metric.add_metric(labels, value)
+                yield metric
+
+    def _histogram(self, family: Family) -> Metric:
+        counts = accumulate(self._reactions)
+        bounds = [*map(floatToGoString, REACTION_BUCKETS), "+Inf"]
+        metric = HistogramMetricFamily(family.name, family.help)
+        metric.add_metric([], list(zip(bounds, counts, strict=True)), self._reacted_s)
+        return metric
+
+    def _values(self) -> dict[str, Samples]:
+        snapshot = self._storage.snapshot
+        state = snapshot.state
+        balloon, job, report, bounds = state.balloon, state.job, state.report, snapshot.bounds
+        reading = self._reader.latest()
+        space = reading.space
+        running = state.active_job
+        moved = snapshot.moved_total + (running.moved if running is not None else 0)
+        return {
+            "storaged_build_info": {self._build: 1},
+            "storaged_disk_pressure": _one_hot(
+                LEVELS, state.pressure.level.name.lower() if state.pressure.known else "none"
+            ),
+            "storaged_host_free_bytes": _maybe(None if report is None else report.free),
+            "storaged_host_update_timestamp_seconds": _maybe(None if report is None else report.wall),
+            "storaged_balloon_state": _one_hot(_known("storaged_balloon_state"), balloon.state.value),
+            "storaged_balloon_size_bytes": _maybe(balloon.size),
+            "storaged_balloon_target_bytes": _maybe(snapshot.balloon_target),
+            "storaged_balloon_updates_total": {(result,): count for result, count in self._updates.items()},
+            "storaged_balloon_adjusted_bytes_total": {
+                ("inflate",): snapshot.inflated_total,
+                ("deflate",): snapshot.deflated_total,
+            },
+            "storaged_filesystem_size_bytes": _maybe(self._storage.current_size()),
+            "storaged_filesystem_available_bytes": _maybe(space.available),
+            "storaged_filesystem_min_size_bytes": _maybe(None if bounds is None else bounds.minimum),
+            "storaged_filesystem_read_only": _maybe(space.read_only),
+            "storaged_filesystem_discard_supported": _maybe(reading.discard),
+            "storaged_btrfs_unallocated_bytes": _maybe(space.unallocated),
+            "storaged_btrfs_metadata_headroom_bytes": _maybe(space.metadata_headroom),
+            "storaged_reclaimed_bytes_total": _maybe(state.reclaimed),
+            "storaged_resize_state": _one_hot(_known("storaged_resize_state"), word(job.state if job else None)),
+            "storaged_resize_jobs_total": {(way, end): count for (way, end), count in self._jobs.items()},
+            "storaged_resize_moved_bytes_total": _maybe(moved),
+            **_of_job(running),
+        }
+
+
+def _of_job(job: Job | None) -> dict[str, Samples]:
+    """What is there while a job runs."""
+    return {
+        "storaged_resize_progress_ratio": _maybe(job.progress if job else None),
+        "storaged_resize_target_bytes": _maybe(job.requested if job else None),
+        "storaged_resize_start_time_seconds": _maybe(job.started if job else None),
+        "storaged_resize_eta_seconds": _maybe(job.eta if job else None),
+    }
+
+
+_BY_NAME = {family.name: family for family in GUEST}
+
+
+def _known(name: str) -> tuple[str, ...]:
+    return _BY_NAME[name].labels[0][1]
+
+
+def _maybe(value: float | None) -> Samples:
+    return {} if value is None else {PLAIN: float(value)}
+
+
+def _one_hot(states: tuple[str, ...], now: str) -> Samples:
+    return {(state,): float(state == now) for state in states}
+
+
+def _empty(family: Family) -> GaugeMetricFamily | CounterMetricFamily:
+    kind = CounterMetricFamily if family.type is Type.COUNTER else GaugeMetricFamily
+    return kind(family.name, family.help, labels=family.label_names)

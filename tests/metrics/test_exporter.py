@@ -1,0 +1,69 @@
+"""The endpoint itself: what is in its way, who may read it, who cannot hold it up."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from storaged.errors import ConfigError, StoragedError
+from storaged.metrics import exporter
+from storaged.units import GIB
+from tests.metrics.support import Served, samples
+from tests.rpc.conftest import Guest
+
+
+@pytest.fixture
+async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
+    """A simulated guest."""
+    one = Guest(tmp_path)
+    await one.start()
+    yield one
+    await one.stop()
+
+
+@pytest.mark.parametrize("address", ["9847", "vsock:2:9847", "http://127.0.0.1:9847", "unix:", "127.0.0.1:99999"])
+def test_other_addresses_are_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="is not"):
+        exporter.parse(address)
+
+
+async def test_a_socket_that_nobody_serves_is_replaced(guest: Guest, tmp_path: Path) -> None:
+    path = tmp_path / "m.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    with Served(guest.service, f"unix:{path}") as served:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert samples((await served.get())[1])["storaged_filesystem_size_bytes",] == 8 * GIB
+
+
+async def test_what_is_in_the_way_stays(guest: Guest, tmp_path: Path) -> None:
+    path = tmp_path / "m.sock"
+    path.write_text("mine")
+    with pytest.raises(StoragedError, match="no socket"):
+        exporter.serve(guest.service, f"unix:{path}")
+    assert path.read_text() == "mine"
+    path.unlink()
+    with Served(guest.service, f"unix:{path}") as served:
+        with pytest.raises(StoragedError, match="another process"):
+            exporter.serve(guest.service, f"unix:{path}")
+        await served.get()
+
+
+async def test_a_port_in_use_is_an_error_with_a_reason(guest: Guest) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(StoragedError, match="Address already in use"):
+            exporter.serve(guest.service, f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+async def test_a_silent_connection_holds_nobody_up(guest: Guest) -> None:
+    with Served(guest.service, "127.0.0.1:0") as served:
+        host, _, port = served.address.rpartition(":")
+        with socket.create_connection((host, int(port))):
+            for _ in range(3):
+                await served.get()
