@@ -139,6 +139,8 @@ step "install storaged, editable" "${pip[@]}" --no-deps --no-build-isolation --e
 
 # Only tests and the demo use it, and both say so when it is not there.
 step "unpack prometheus beside" tools/prometheus.sh || say "going on without prometheus; the reason is in $log"
+# Only tests use these, likewise.
+step "unpack a 9p server and systemd-nspawn beside" tools/beside.sh || say "going on without; the reason is in $log"
 
 printf '%s' "$want" >"$stamp"
 say "done: $venv/bin/storaged, $venv/bin/storagectl"

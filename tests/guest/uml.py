@@ -30,7 +30,7 @@ echo o > /proc/sysrq-trigger; sleep 10
 
 
 def found(name: str) -> str | None:
-    """A program of the packages, installed or unpacked by tools/uml.sh."""
+    """A program of the packages, installed or unpacked by tools/beside.sh."""
     for place in ("usr/bin", "usr/sbin"):
         if (UNPACKED / place / name).exists():
             return str(UNPACKED / place / name)
@@ -40,7 +40,7 @@ def found(name: str) -> str | None:
 def why_not() -> str:
     """Why it cannot run here; empty when it can."""
     missing = [name for name in ("linux.uml", "diod") if found(name) is None]
-    return f"needs {', '.join(missing)} (tools/uml.sh unpacks them)" if missing else ""
+    return f"needs {', '.join(missing)} (tools/beside.sh unpacks them)" if missing else ""
 
 
 def run(directory: Path, script: str) -> str:

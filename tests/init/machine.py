@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NSPAWN = os.environ.get("STORAGED_NSPAWN") or shutil.which("systemd-nspawn") or ""
-"""Debian's systemd-container, installed or unpacked somewhere."""
+_UNPACKED = ROOT / "build" / "nspawn" / "usr" / "bin" / "systemd-nspawn"
+NSPAWN = shutil.which("systemd-nspawn") or (str(_UNPACKED) if _UNPACKED.exists() else "")
+"""Debian's systemd-container, installed or unpacked by tools/beside.sh."""
 SETTINGS = '[serve]\nlisten = ["unix:/run/storaged/storaged.sock"]\n'
 TARGET = """\
 [Unit]
@@ -36,7 +37,7 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "needs root"
     if not NSPAWN:
-        return "needs systemd-nspawn (on PATH, or its path in STORAGED_NSPAWN)"
+        return "needs systemd-nspawn (tools/beside.sh unpacks it)"
     missing = [
         tool for tool in ("mkfs.btrfs", "losetup", "nsenter", "systemctl", "dbus-daemon") if not shutil.which(tool)
     ]

@@ -19,7 +19,7 @@ import trustme
 from storaged.addresses import TcpAddress, UnixAddress, VsockAddress
 from storaged.config import NotifyConfig, TlsConfig
 from storaged.errors import ConfigError
-from storaged.rpc import ready
+from storaged.rpc import outward
 from storaged.rpc.proto import common_pb2, vm_guest_pb2_grpc, vm_host_pb2_grpc
 from storaged.rpc.ready import tell_host
 from storaged.rpc.server import Server
@@ -219,7 +219,7 @@ async def test_over_vsock_it_goes_the_way_out_of_the_relay(
         return connect
 
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr(ready, "to_vsock", instead)
+    monkeypatch.setattr(outward, "to_vsock", instead)
     await host.start()
     assert await tell_host(VsockAddress(2, 7777), QUICK)
     assert host.listener.calls == 1
