@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +26,7 @@ from demo.screen import Screen
 from demo.world import Host, Member, build_host, build_member, watched
 from lab.loop import PREFIX, clear, run, sweep, workspace
 from storaged.btrfs.system import ProcSysctl
+from storaged.core.model import DirtyLimits
 
 KEPT = "kept.json"
 
@@ -71,12 +73,14 @@ def clear_kept(under: Path) -> int:
     """Stop and remove what `--keep` left; how many stages there were."""
     count = 0
     for note in under.glob(f"{PREFIX}*/{KEPT}"):
-        for pid in json.loads(note.read_text(encoding="utf-8")):
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        for pid in kept["pids"]:
             with contextlib.suppress(OSError):
                 # Ours only: the number may belong to somebody else by now.
                 if b"storaged" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGTERM)
         time.sleep(1)
+        ProcSysctl().set_dirty_limits(DirtyLimits(**kept["dirty_limits"]))
         clear(note.parent)
         count += 1
     return count
@@ -89,7 +93,8 @@ def real(screen: Screen, *, keep: bool) -> list[str]:
             screen.say("setting the stage: a host's disk, two guests, a storaged in each")
             # The guests of a demo share this machine's write-back limits; a daemon that is killed puts none back.
             sysctl = ProcSysctl()
-            cleanup.callback(sysctl.set_dirty_limits, sysctl.dirty_limits())
+            found = sysctl.dirty_limits()
+            cleanup.callback(sysctl.set_dirty_limits, found)
             disk = build_host(directory)
             members: list[Member] = []
             for name in ("a", "b"):
@@ -125,7 +130,8 @@ def real(screen: Screen, *, keep: bool) -> list[str]:
             if prometheus is not None:
                 pids.append(prometheus.pid)
                 screen.console.print(f"Prometheus: {prometheus.url}", soft_wrap=True)
-            (directory / KEPT).write_text(json.dumps(pids), encoding="utf-8")
+            kept = {"pids": pids, "dirty_limits": asdict(found)}
+            (directory / KEPT).write_text(json.dumps(kept), encoding="utf-8")
             for member in members:
                 screen.console.print(
                     f"guest {member.name}: storagectl --guest {member.daemon.address} status", soft_wrap=True

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from demo.world import free_port
+from lab.daemon import Daemon
 from storaged.errors import ConfigError, StoragedError
 from storaged.metrics import exporter
 from storaged.units import GIB
-from tests.metrics.support import Served, samples
+from tests.metrics.support import Served, get, samples
 from tests.rpc.conftest import Guest
 
 
@@ -67,3 +69,19 @@ async def test_a_silent_connection_holds_nobody_up(guest: Guest) -> None:
         with socket.create_connection((host, int(port))):
             for _ in range(3):
                 await served.get()
+
+
+@pytest.mark.parametrize("address", ["tcp", "unix"])
+def test_a_daemon_serves_them_where_it_was_told(address: str, tmp_path: Path) -> None:
+    where = f"unix:{tmp_path}/m.sock" if address == "unix" else f"127.0.0.1:{free_port()}"
+    with Daemon(tmp_path, "--sim-size", "4G", "--metrics", where) as daemon:
+        daemon.report_free(2 * GIB)
+        found = samples(get(where)[1])
+        assert found["storaged_filesystem_size_bytes",] == 4 * GIB
+        assert found["storaged_filesystem_available_bytes",] == daemon.available()
+    assert not (tmp_path / "m.sock").exists()
+
+
+def test_a_daemon_that_cannot_serve_them_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="nonsense.* is not "):
+        Daemon(tmp_path, "--metrics", "nonsense").start()
