@@ -83,5 +83,5 @@ def test_a_daemon_serves_them_where_it_was_told(address: str, tmp_path: Path) ->
 
 
 def test_a_daemon_that_cannot_serve_them_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="nonsense.* is not "):
+    with pytest.raises(RuntimeError, match=r"nonsense.* is not "):
         Daemon(tmp_path, "--metrics", "nonsense").start()
