@@ -35,7 +35,7 @@ Named as gRPC servers in other languages name them. Labels: `grpc_type`, `grpc_s
 |---|---|---|---|
 | `grpc_server_started_total` | counter | | Calls that began |
 | `grpc_server_handled_total` | counter | `grpc_code` | Calls that ended |
-| `grpc_server_handling_seconds` | histogram | | How long they took |
+| `grpc_server_handling_seconds` | histogram | | How long they took, of those that hosts call all the time |
 """
 
 

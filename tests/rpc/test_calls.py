@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import re
@@ -22,6 +23,7 @@ from storaged.config import LimitsConfig
 from storaged.errors import Kind, StoragedError
 from storaged.logs import REQUEST_ID, RPC_METHOD
 from storaged.metrics.calls import CallsCollector
+from storaged.metrics.collector import StorageCollector
 from storaged.rpc import vsock
 from storaged.rpc.calls import BUCKETS
 from storaged.rpc.proto import storaged_v1_pb2 as pb
@@ -179,6 +181,23 @@ async def test_the_calls_of_a_host_are_there_before_they_are_made(guest: Guest) 
     for method in ("UpdateStorageBalloon", "ResizeFilesystem", "GetResizeStatus"):
         labels = f"grpc_code=OK,grpc_method={method},grpc_service=vm_tools.Maitred,grpc_type=unary"
         assert found[f"grpc_server_handled_total{{{labels}}}"] == 0
+
+
+async def test_a_guest_has_no_more_than_a_hundred_series(guest: Guest) -> None:
+    sequence = (
+        *("ConfigureNetwork", "SetResolvConfig", "SetTimezone", "Mount", "Mount9P", "StartTermina", "SetTime"),
+        *("LaunchProcess", "GetKernelVersion", "UpdateStorageBalloon", "GetResizeStatus", "GetAvailableSpace"),
+        *("GetResizeBounds", "ResizeFilesystem"),
+    )
+    for method in sequence:
+        call: Any = guest.channel.unary_unary(f"/vm_tools.Maitred/{method}")
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await call(b"")
+    registry = CollectorRegistry()
+    registry.register(StorageCollector(guest.service))
+    registry.register(CallsCollector(guest.server))
+    lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+    assert 60 < len(lines) <= 100, len(lines)
 
 
 async def test_what_came_over_vsock_is_counted_when_there_is_a_relay(guest: Guest) -> None:
