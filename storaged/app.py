@@ -12,6 +12,7 @@ from typing import Any
 
 from storaged import __version__, cmdline
 from storaged.addresses import VsockAddress, parse_address
+from storaged.autogrow import AutoGrow
 from storaged.config import HOST, Settings
 from storaged.core.ports import World
 from storaged.errors import ConfigError, Kind, StoragedError
@@ -262,6 +263,7 @@ class _Beside:
             self.export(storage)
         except StoragedError as error:
             log.warning("no metrics: %s", error.message)
+        AutoGrow(storage)
         if not self._options.sim:
             self._watched = _watch_capacity(storage, asyncio.get_running_loop())
         _warm_up(storage.world)

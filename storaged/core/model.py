@@ -158,6 +158,10 @@ class Config:
     capacity_wait_s: float = field(
         default=5.0, metadata={"help": "How long a grow waits for its device.", "reload": True}
     )
+    auto_grow: bool = field(
+        default=False,
+        metadata={"help": "Grow the filesystem to its device whenever that grows, unasked.", "reload": True},
+    )
     capacity_poll_s: float = field(
         default=0.25, metadata={"help": "How often it looks at the device.", "least": 0.01, "reload": True}
     )
