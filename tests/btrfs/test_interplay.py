@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 
 from benchmarks.resize import holed
 from lab.daemon import Daemon
-from lab.loop import Guest, run
+from lab.loop import Guest, fill, run
 from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.rpc.proto import vm_guest_pb2
 from storaged.units import GIB, MIB
@@ -168,6 +169,35 @@ def test_progress_is_honest(make_guest: MakeGuest, make_daemon: MakeDaemon, figu
     assert steps >= 3
     assert last.moved_bytes <= last.total_to_move_bytes
     assert _whole(guest, before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_time_left_at_half_way(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    off: list[float] = []
+    for _ in range(3):
+        guest = make_guest(14 * GIB)
+        for number in range(44):  # 11 GiB, of which the lower half is deleted
+            fill(guest.mountpoint / f"file{number}", 256 * MIB)
+        for number in range(22):
+            (guest.mountpoint / f"file{number}").unlink()
+        support.sync(guest)
+        daemon = make_daemon(guest)
+        target = daemon.minimum()
+        assert daemon.resize(target) == STARTED
+        guesses: list[tuple[float, float]] = []
+        while (job := daemon.report().job).state in (pb.JOB_PREPARING, pb.JOB_RUNNING):
+            if job.HasField("eta_s") and 0.45 <= job.moved_bytes / max(job.total_to_move_bytes, 1) <= 0.55:
+                guesses.append((time.monotonic(), job.eta_s))
+            time.sleep(0.05)
+        ended = time.monotonic()
+        assert job.state == pb.JOB_DONE, job
+        assert job.moved_bytes >= 4 * GIB
+        off.append(statistics.median(abs(eta - (ended - at)) / (ended - at) for at, eta in guesses))
+        figures.note(moved=job.moved_bytes, off=round(off[-1], 2), guesses=len(guesses))
+        daemon.stop()
+        guest.close()
+    assert statistics.median(off) <= 0.3, off
 
 
 def _cancel(daemon: Daemon) -> list[float]:
