@@ -51,7 +51,7 @@ class Verdict:
     faults: tuple[str, ...]
 
 
-def judge(plan: Recipe, directory: Path) -> Verdict:  # noqa: PLR0915  # one story, told in order
+def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict:  # noqa: PLR0915  # one story, told in order
     """Make the layout, shrink it to its bound, look at what is left."""
     guest = Guest(directory, plan.size, mkfs=plan.mkfs, mount=plan.mount)
     build(guest, plan)
@@ -85,7 +85,7 @@ def judge(plan: Recipe, directory: Path) -> Verdict:  # noqa: PLR0915  # one sto
         begun = time.monotonic()
         bounds: Bounds = compute(engine.layout(), engine.longest())
         took = time.monotonic() - begun
-        brute = _brute_force(guest, engine, bounds.minimum) if plan.size <= BRUTE_FORCE_UP_TO else None
+        brute = _brute_force(guest, engine, bounds.minimum) if brute_force and plan.size <= BRUTE_FORCE_UP_TO else None
         job = Job("gate", bounds.minimum, plan.size, plan.size)
         begun = time.monotonic()
         ResizeRunner(filesystem, resizer, engine, SystemClock()).run(job, tell, settle)

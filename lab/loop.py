@@ -168,7 +168,9 @@ class Guest:
                 if "busy" not in str(error):
                     raise
                 time.sleep(0.1)  # the kernel lets go of the device a little after the unmount
-        return run("btrfs", "check", "--readonly", self.device or self.image)
+        # Somebody else's mount namespace still has its copy of our mount: then the image tells as much.
+        os.sync()
+        return run("btrfs", "check", "--readonly", self.image)
 
 
 def fill(path: Path, most: int | None = None, block: int = 1 << 20) -> tuple[int, int]:

@@ -133,7 +133,8 @@ def test_a_short_balance_is_waited_for(make_guest: MakeGuest) -> None:
         engine = BalloonEngine(filesystem, balloon)
         for limit in (0, GIB, 300 * MIB, 900 * MIB, 100 * MIB) * 8:
             engine.hold(limit)
-            assert abs(filesystem.space().available - limit) <= 250 * MIB
+            # A chunk that is being balanced counts as no room meanwhile.
+            support.until(lambda limit=limit: abs(filesystem.space().available - limit) <= 250 * MIB, within_s=5)  # type: ignore[misc]
     finally:
         done.set()
         thread.join()

@@ -130,7 +130,10 @@ def test_at_critical_with_a_balloon_a_writer_and_snapshots(
     _check(guest, daemon)
 
 
-@pytest.mark.parametrize("whom", ["daemon", "child", "both"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("whom", [pytest.param("daemon", marks=SLOW), pytest.param("child", marks=SLOW), "both"])
 def test_asleep_in_the_middle(whom: str, make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     # What a suspended machine looks like from inside: everybody stops, and goes on some time later.
     guest, before = _aged(make_guest)
