@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,8 +49,11 @@ class Daemon:
         """Start it and wait until it serves. Raises RuntimeError with its log when it does not."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self._channel = grpc.insecure_channel(f"unix:{self.socket}")
         until = time.monotonic() + STARTS_WITHIN_S
+        # A channel that is refused once tries again only a second later.
+        while not self._listens() and self._process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        self._channel = grpc.insecure_channel(f"unix:{self.socket}")
         while True:
             try:
                 self.maitred.GetResizeStatus(common_pb2.EmptyMessage(), timeout=2)
@@ -60,6 +64,10 @@ class Daemon:
                 time.sleep(0.05)
             else:
                 return self
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
 
     @property
     def maitred(self) -> vm_guest_pb2_grpc.MaitredStub:
