@@ -45,10 +45,15 @@ class Daemon:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> Self:
-        """Start it and wait until it serves. Raises RuntimeError with its log when it does not."""
+    def launch(self) -> None:
+        """Start it and wait for nothing."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def start(self) -> Self:
+        """Start it and wait until it serves. Raises RuntimeError with its log when it does not."""
+        self.launch()
+        assert self._process is not None
         until = time.monotonic() + STARTS_WITHIN_S
         # A channel that is refused once tries again only a second later.
         while not self._listens() and self._process.poll() is None and time.monotonic() < until:
@@ -64,6 +69,14 @@ class Daemon:
                 time.sleep(0.05)
             else:
                 return self
+
+    def children(self) -> list[int]:
+        """Process ids of its children."""
+        found: list[int] = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, path.read_text(encoding="ascii").split())
+        return found
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:

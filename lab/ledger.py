@@ -72,11 +72,8 @@ class Ledger:
         for name, kept in self.files.items():
             if kept.certain > low or kept.gone <= high:
                 continue
-            path = root / name
-            if not path.exists():
-                faults.append(f"lost: {name}")
-            elif recovery.digest_of(path) != kept.digest:
-                faults.append(f"damaged: {name}")
+            if (found := recovery.digest_of(root / name)) != kept.digest:
+                faults.append(f"lost or damaged: {name}: {found}")
         certain = sum(1 for position in self.records if position <= low)
         if certain and (fault := recovery.damaged_records(root / "records", certain)):
             faults.append(fault)

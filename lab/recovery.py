@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from storaged.units import GIB, KIB, MIB, sector_floor
 SETTLES_WITHIN_S = 20.0
 SLACK = 4 * MIB
 ENDED = (storaged_v1_pb2.JOB_DONE, storaged_v1_pb2.JOB_FAILED, storaged_v1_pb2.JOB_CANCELLED)
+BROKEN = re.compile(r"^[A-Z]\w+ failed: |background work failed|cannot be believed|could not")
+"""What the daemon notes when its own work went wrong; that a job was cut off is no such thing."""
 RECORD = 16 * KIB
 BITE = 8 * MIB
 
@@ -47,9 +50,12 @@ def size_of(mountpoint: Path) -> int:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file; what stands in the way where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return str(error)
 
 
 def write_durably(path: Path, content: bytes) -> str:
@@ -68,10 +74,14 @@ def record_at(number: int) -> bytes:
 
 def damaged_records(path: Path, certain: int) -> str:
     """What is wrong with the first `certain` records of such a log; empty when nothing is."""
-    with path.open("rb") as file:
-        for number in range(certain):
-            if file.read(RECORD) != record_at(number):
-                return f"record {number} of {certain} in {path.name} is damaged"
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number in range(certain):
+                if file.read(RECORD) != record_at(number):
+                    return f"record {number} of {certain} in {path.name} is damaged"
+    except OSError as error:
+        return f"record {number} of {certain}: {error}"
     return ""
 
 
@@ -130,7 +140,9 @@ class Recovery:
                     faults.append(f"a job that is done asked for {job.requested_size}, reached {job.current_size}")
             elif not job.reason:
                 faults.append(f"the job is {state} without a reason")
-        faults += [f"it notes: {note}" for note in report.notes if "cannot be believed" in note or "failed" in note]
+        faults += [f"it notes: {note}" for note in report.notes if BROKEN.search(note)]
+        if "cannot be believed" in self._daemon.log.read_text(encoding="utf-8"):
+            faults.append("the journal was damaged")
         if report.filesystem.read_only:
             faults.append("the filesystem is read-only")
         return faults

@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,23 @@ class Replay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def wait_let_go(image: Path, within_s: float = 10.0) -> None:
+    """Wait until no other copy of the image's filesystem is mounted: the kernel would give this one another id.
+
+    Raises RuntimeError when somebody holds it.
+    """
+    with image.open("rb") as file:
+        file.seek(SUPERBLOCK + 0x20)
+        mounted = Path("/sys/fs/btrfs") / str(uuid.UUID(bytes=file.read(16)))
+    until = time.monotonic() + within_s
+    while mounted.exists():
+        if time.monotonic() > until:
+            raise RuntimeError(
+                f"{mounted.name} is still mounted, maybe in another namespace; what follows would mislead"
+            )
+        time.sleep(0.02)
 
 
 def torn(window: Sequence[Entry], dice: random.Random) -> list[tuple[Entry, int | None]]:
