@@ -66,25 +66,25 @@ class Ledger:
         """What the scenario did at that length of the log."""
         return next((name for begun, name in reversed(self.phases) if begun <= position), "mount")
 
-    def lost(self, root: Path, low: int, high: int) -> list[str]:
-        """Which certain files a cut between `low` (the last flush) and `high` has lost or damaged."""
+    def lost(self, root: Path, moment: int) -> list[str]:
+        """Which certain files a cut at `moment`, a length of the log, has lost or damaged."""
         faults = []
         for name, kept in self.files.items():
-            if kept.certain > low or kept.gone <= high:
+            if kept.certain > moment or kept.gone <= moment:
                 continue
             if (found := recovery.digest_of(root / name)) != kept.digest:
                 faults.append(f"lost or damaged: {name}: {found}")
-        certain = sum(1 for position in self.records if position <= low)
+        certain = sum(1 for position in self.records if position <= moment)
         if certain and (fault := recovery.damaged_records(root / "records", certain)):
             faults.append(fault)
         return faults
 
-    def possible(self, asked: list[Asked], low: int, high: int) -> set[int] | None:
+    def possible(self, asked: list[Asked], moment: int) -> set[int] | None:
         """The numbers that may be in force after a cut: the last certain one, and every later one that had begun.
 
         None when there was no certain one: then it may also be that nothing was heard of any.
         """
-        last = max((index for index, one in enumerate(asked) if one.certain <= low), default=None)
+        last = max((index for index, one in enumerate(asked) if one.certain <= moment), default=None)
         if last is None:
             return None
-        return {one.number for one in asked[last:] if one.begun <= high}
+        return {one.number for one in asked[last:] if one.begun <= moment}

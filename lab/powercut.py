@@ -89,14 +89,15 @@ def cut(life: Plan, recording: Recording, directory: Path, points: int = 0, torn
                 kept = writelog.torn(window, dice) if state else []
                 if state and not kept:
                     continue
-                low, high = entries[index].end, max((entry.end for entry, _ in kept), default=entries[index].end)
+                # The latest moment it may have been: all that was answered until then must be there.
+                flushed, moment = entries[index].end, (window or [entries[index]])[-1].end
                 image = directory / "cut.img"
                 with replay.copy_to(image) as copy:
                     for entry, length in kept:
                         copy.apply(entry, length)
-                tally.cuts[recording.ledger.phase_at(low)] += 1
+                tally.cuts[recording.ledger.phase_at(flushed)] += 1
                 tally.torn += bool(kept)
-                look = Look(recording, life.mount, directory, low, high)
+                look = Look(recording, life.mount, directory, flushed, moment)
                 faults = look.all(image)
                 tally.mid_journal += look.mid_journal
                 tally.mid_resize.update(look.job)
@@ -107,25 +108,27 @@ def cut(life: Plan, recording: Recording, directory: Path, points: int = 0, torn
 
 def told_too_early(recording: Recording) -> list[str]:
     """Sizes that the daemon told before they were on the disk for good: of each told one a commit must lie before."""
-    return [
-        f"size {size} was told at {position}, before it was committed"
-        for position, size in recording.ledger.sizes
-        if size not in {committed for at, committed in recording.sizes if at <= position}
-    ]
+    flushes = [entry.end for entry in recording.entries if entry.flushes]
+    faults = []
+    for position, size in recording.ledger.sizes:
+        flushed = max((end for end in flushes if end <= position), default=0)
+        if size not in {committed for at, committed in recording.sizes if at <= flushed}:
+            faults.append(f"size {size} was told at {position}, before it was committed")
+    return faults
 
 
 class Look:
-    """One state of the disk; the last flush ended at `low` in the log, nothing of it is newer than `high`."""
+    """One state of the disk: the log's length when it was flushed for the last time, and when the power went."""
 
-    def __init__(self, recording: Recording, mount: str, directory: Path, low: int, high: int) -> None:
+    def __init__(self, recording: Recording, mount: str, directory: Path, flushed: int, moment: int) -> None:
         self.mid_journal = False
         self.job: list[str] = []
         self._recording = recording
         self._ledger = recording.ledger
         self._mount = mount
         self._directory = directory
-        self._low = low
-        self._high = high
+        self._flushed = flushed
+        self._moment = moment
 
     def all(self, image: Path) -> list[str]:
         """Everything that is wrong with the image."""
@@ -162,12 +165,12 @@ class Look:
         except RuntimeError as error:
             faults.append(str(error))
         # Last: neither the cut nor the recovery may have cost anybody a file.
-        faults += self._ledger.lost(root, self._low, self._high)
+        faults += self._ledger.lost(root, self._moment)
         return faults
 
     def _size(self, size: int) -> list[str]:
-        before = [committed for at, committed in self._recording.sizes if at <= self._low][-1]
-        during = {committed for at, committed in self._recording.sizes if self._low < at <= self._high}
+        before = [committed for at, committed in self._recording.sizes if at <= self._flushed][-1]
+        during = {committed for at, committed in self._recording.sizes if self._flushed < at <= self._moment}
         if size not in {before} | during:
             return [f"the size is {size}, neither {before} nor one of {sorted(during)}"]
         return []
@@ -176,16 +179,16 @@ class Look:
         """What was answered before the cut is known after it."""
         faults = []
         report = daemon.report()
-        limits = self._ledger.possible(self._ledger.limits, self._low, self._high)
+        limits = self._ledger.possible(self._ledger.limits, self._moment)
         if limits and report.balloon.limit_bytes not in limits:
             faults.append(f"the limit is {report.balloon.limit_bytes}, not one of {sorted(limits)}")
-        resizes = self._ledger.possible(self._ledger.resizes, self._low, self._high)
+        resizes = self._ledger.possible(self._ledger.resizes, self._moment)
         if resizes and report.job.requested_size not in resizes:
             faults.append(f"the last job is one to {report.job.requested_size}, not one of {sorted(resizes)}")
         for asked in self._ledger.resizes:
-            if asked.number != report.job.requested_size or asked.begun > self._low:
+            if asked.number != report.job.requested_size or asked.begun > self._moment:
                 continue
-            if asked.done > self._low:
+            if asked.done > self._moment:
                 self.job = [storaged_v1_pb2.JobState.Name(report.job.state)]
             elif report.job.state != storaged_v1_pb2.JOB_DONE:
                 faults.append(f"the job was done before the cut, now it is {report.job}")
