@@ -23,7 +23,7 @@ from pathlib import Path
 import grpc
 
 from lab.daemon import Daemon
-from lab.loop import Guest, private_mounts, sweep, workspace
+from lab.loop import Guest, memory, private_mounts, sweep, workspace
 from lab.recovery import QUIET, Recovery, damaged_records, digest_of, record_at, size_of, spread, write_durably
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, KIB, MIB
@@ -259,8 +259,8 @@ def main(count: int, seed: int = 1) -> int:
     """Kill `count` times; 1 when anything was wrong."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is cleared
     private_mounts()
-    sweep()
-    with workspace() as directory:
+    sweep(memory())
+    with workspace(memory()) as directory:
         tally = Killer(directory, seed).run(count)
     for fault in tally.faults:
         print(f"FAULT {fault}")

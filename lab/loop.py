@@ -19,6 +19,7 @@ from pathlib import Path
 
 PREFIX = "storaged-lab-"
 CLONE_NEWNS = 0x00020000
+ROOM_IN_MEMORY = 4 << 30
 
 
 def run(*command: str | Path) -> str:
@@ -38,6 +39,12 @@ def workspace(under: str | Path | None = None) -> Iterator[Path]:
         yield path
     finally:
         clear(path)
+
+
+def memory() -> str | None:
+    """Where images lie in memory, so that the host's disk need not flush for every cut; None where that is not."""
+    place = "/dev/shm"
+    return place if os.access(place, os.W_OK) and shutil.disk_usage(place).free > ROOM_IN_MEMORY else None
 
 
 def private_mounts() -> None:

@@ -11,9 +11,7 @@ the default: all of them), TORN random states of each (1).
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -24,12 +22,12 @@ from pathlib import Path
 
 from lab import writelog
 from lab.daemon import Daemon
-from lab.loop import private_mounts, run, sweep, workspace
+from lab.loop import memory, private_mounts, run, sweep, workspace
 from lab.recovery import Recovery, size_of
 from lab.story import STATE, Plan, Recording, daemon_on, plan, record
 from lab.writelog import Replay
 from storaged.rpc.proto import storaged_v1_pb2
-from storaged.units import GIB, MIB
+from storaged.units import MIB
 
 
 @dataclass(slots=True)
@@ -218,12 +216,6 @@ def _checked(device: str) -> None:
             time.sleep(0.1)
         else:
             return
-
-
-def memory() -> str | None:
-    """Where images lie in memory, so that the host's disk need not flush for every cut; None where that is not."""
-    place = "/dev/shm"
-    return place if os.access(place, os.W_OK) and shutil.disk_usage(place).free > 4 * GIB else None
 
 
 def main(first: int, count: int, points: int = 0, torn: int = 1) -> int:

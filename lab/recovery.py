@@ -26,11 +26,12 @@ BITE = 8 * MIB
 
 QUIET = """
 [storage]
-# No pressure level is ever entered: the machine's write-back limits stay as they are.
+# No pressure level is ever entered for its number: the machine's write-back limits stay as they are.
 critical_enter = 0
 critical_leave = 0
 low_enter = 0
 low_leave = 0
+# Where a test reports 0 it is entered all the same; then these leave the machine fast.
 low_dirty = "1GiB"
 critical_dirty = "1GiB"
 retry_most_s = 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from lab import loop
 from lab.daemon import Daemon
 from lab.killing import Killer
 from lab.loop import run
@@ -31,8 +32,9 @@ def _kill(pid: int) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [8, pytest.param(250, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(kills: int, place: Path, figures: Figures) -> None:
-    tally = Killer(place, seed=kills).run(kills)
+def test_killed_at_any_moment(kills: int, figures: Figures) -> None:
+    with loop.workspace(loop.memory()) as directory:
+        tally = Killer(directory, seed=kills).run(kills)
     figures.note(killing=tally)
     assert tally.faults == []
     assert sum(tally.kills.values()) >= kills

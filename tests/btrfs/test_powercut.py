@@ -22,8 +22,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    loop.sweep(powercut.memory())
-    with loop.workspace(powercut.memory()) as path:
+    loop.sweep(loop.memory())
+    with loop.workspace(loop.memory()) as path:
         yield path
 
 
@@ -75,5 +75,5 @@ def test_a_disk_that_forgets_what_was_flushed_is_found_out(life: Plan, recording
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_nothing_is_lost_at_any_flush(seed: int, figures: Figures) -> None:
     every = plan(seed)
-    with loop.workspace(powercut.memory()) as directory:
+    with loop.workspace(loop.memory()) as directory:
         assert _faults(powercut.cut(every, record(every, directory), directory), figures) == []
