@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def _refused_meanwhile(guest: Guest, filesystem: BtrfsFilesystem, daemon: Daemon
     """Shrink, and ask for more than there is while the kernel moves data; True when it was still at it."""
     daemon.resize(daemon.minimum())
     # The kernel shows the target at once. The first steps only cut away what is empty.
-    support.until(lambda: filesystem.size() < SIZE * 3 // 4, pause_s=0)
+    until = time.monotonic() + 3
+    while filesystem.size() >= SIZE * 3 // 4 and time.monotonic() < until:
+        pass
     return bool(_preallocate(guest.mountpoint / "hog", 3 * GIB)) and filesystem.size() < SIZE * 3 // 4
 
 
