@@ -30,7 +30,7 @@ from storaged.units import GIB, KIB, MIB
 
 SIZE = 8 * GIB
 PIECES = 32
-ALL_EVERY = 10
+ALL_EVERY = 3
 CHECK_EVERY = 50
 GOES_WITHIN_S = 10.0
 
