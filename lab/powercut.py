@@ -183,13 +183,13 @@ class Look:
         resizes = self._ledger.possible(self._ledger.resizes, self._moment)
         if resizes and report.job.requested_size not in resizes:
             faults.append(f"the last job is one to {report.job.requested_size}, not one of {sorted(resizes)}")
-        for asked in self._ledger.resizes:
-            if asked.number != report.job.requested_size or asked.begun > self._moment:
-                continue
-            if asked.done > self._moment:
-                self.job = [storaged_v1_pb2.JobState.Name(report.job.state)]
-            elif report.job.state != storaged_v1_pb2.JOB_DONE:
-                faults.append(f"the job was done before the cut, now it is {report.job}")
+        # The newest that it may be: two jobs may have asked for the same size.
+        begun = [asked for asked in self._ledger.resizes if asked.begun <= self._moment]
+        asked = next((asked for asked in reversed(begun) if asked.number == report.job.requested_size), None)
+        if asked is not None and asked.done > self._moment:
+            self.job = [storaged_v1_pb2.JobState.Name(report.job.state)]
+        elif asked is not None and report.job.state != storaged_v1_pb2.JOB_DONE:
+            faults.append(f"the job was done before the cut, now it is {report.job}")
         return faults
 
 
