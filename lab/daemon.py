@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,12 +45,20 @@ class Daemon:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> Self:
-        """Start it and wait until it serves. Raises RuntimeError with its log when it does not."""
+    def launch(self) -> None:
+        """Start it and wait for nothing."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self._channel = grpc.insecure_channel(f"unix:{self.socket}")
+
+    def start(self) -> Self:
+        """Start it and wait until it serves. Raises RuntimeError with its log when it does not."""
+        self.launch()
+        assert self._process is not None
         until = time.monotonic() + STARTS_WITHIN_S
+        # A channel that is refused once tries again only a second later.
+        while not self._listens() and self._process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        self._channel = grpc.insecure_channel(f"unix:{self.socket}")
         while True:
             try:
                 self.maitred.GetResizeStatus(common_pb2.EmptyMessage(), timeout=2)
@@ -60,6 +69,18 @@ class Daemon:
                 time.sleep(0.05)
             else:
                 return self
+
+    def children(self) -> list[int]:
+        """Process ids of its children."""
+        found: list[int] = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, path.read_text(encoding="ascii").split())
+        return found
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
 
     @property
     def maitred(self) -> vm_guest_pb2_grpc.MaitredStub:

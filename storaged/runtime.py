@@ -116,6 +116,9 @@ class StorageService:
         fs, clock = self._world.filesystem, self._world.clock
         self._loop = asyncio.get_running_loop()
         remembered = await self._in("upkeep", self._remember)
+        job = remembered.job
+        if job is not None and job.active and (told := await self._in("resize", self._runner.recover, job)):
+            self._note(f"after the resize that was running: {told}", warning=True)
         try:
             if told := await self._in("balloon", self._engine.prepare):
                 self._note(told)

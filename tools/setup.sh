@@ -81,7 +81,11 @@ find_python() {
 
 # ---- system packages ---------------------------------------------------------------------------------------
 
-packages=(gcc libc6-dev libbtrfsutil-dev libudev1 udev btrfs-progs e2fsprogs iproute2 mount util-linux kmod make)
+# qemu-system-common: qemu-storage-daemon, which logs the writes that the power cut tests replay.
+packages=(
+    gcc libc6-dev libbtrfsutil-dev libudev1 udev btrfs-progs e2fsprogs iproute2 mount util-linux kmod make
+    qemu-system-common
+)
 if ! find_python "$fit" >/dev/null; then packages+=(python3-venv python3-dev); fi
 
 if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then

@@ -18,7 +18,7 @@ from storaged.core.ports import Clock, Filesystem, Resizer
 from storaged.errors import FilesystemError, Kind, StoragedError
 from storaged.resize.fit import Step, next_step
 from storaged.resize.job import Job
-from storaged.resize.layout import Layout, left_to_move
+from storaged.resize.layout import KERNEL_MINIMUM, Layout, left_to_move
 from storaged.units import MIB, SECTOR, sector_floor
 
 POLL_S = 0.1
@@ -90,10 +90,9 @@ class ResizeRunner:
             else:
                 self._grow(work)
         except FilesystemError as error:
-            if error.errno == errno.ECANCELED:
-                return ev.Outcome.STOPPED, error.message
-            healed = self._heal(error) if work.kernel_refused else ""
-            return ev.Outcome.FAILED, error.message + healed
+            healed = self._heal(error) if work.kernel_refused and work.job.shrinks else ""
+            stopped = error.errno == errno.ECANCELED
+            return ev.Outcome.STOPPED if stopped else ev.Outcome.FAILED, error.message + healed
         size = self._fs.size()
         if size != sector_floor(work.job.requested):
             return ev.Outcome.FAILED, f"the filesystem has {size} bytes after it"
@@ -200,18 +199,50 @@ class ResizeRunner:
                 continue
             return
 
-    def _heal(self, error: FilesystemError) -> str:
-        """After a shrink that found no room the kernel may refuse writes that fit; a resize by a sector cures it.
+    def recover(self, job: Job) -> str:
+        """After a crash while `job` was active: let the kernel's work end, heal what it left; what to say of it.
 
-        Only where nothing lies in that sector, or it would move a chunk. Returns what to say of it.
+        The kernel stops a while after the process that asked for it has died. Until then it shows a size that the
+        filesystem may never have.
+        """
+        until = time.monotonic() + BUSY_WAIT_S
+        while self._fs.space().exclusive_operation == "resize" and time.monotonic() < until:
+            time.sleep(self._poll_s)
+        if not job.shrinks:
+            return ""
+        return self._heal(FilesystemError("cut off", errno.ECANCELED)).lstrip("; ")
+
+    def _heal(self, error: FilesystemError) -> str:
+        """After a shrink that found no room, or was cut off, the kernel may refuse writes that fit.
+
+        It remembers that no new chunk could be made, and forgets it only when a chunk goes or the device grows. So the
+        filesystem shrinks by a sector and grows back; not where anything lies in that sector, or a chunk would move.
+        Returns what to say of it.
         """
         try:
             if self._fs.space().read_only:
                 return "; the kernel has forced the filesystem read-only: back up, unmount and check it"
+            if error.errno not in (errno.ENOSPC, errno.ECANCELED):
+                return ""
             size = self._fs.size()
-            if error.errno == errno.ENOSPC and all(c.top <= size - SECTOR for c in self._fs.layout().chunks):
-                self._resizer.resize(size - SECTOR)
-                self._resizer.resize(size)
+            less = size - SECTOR
+            if less >= KERNEL_MINIMUM and all(chunk.top <= less for chunk in self._fs.layout().chunks):
+                self._surely(less)
+                self._surely(size)
+            else:
+                self._fs.reclaim_empty_chunks()
         except (StoragedError, OSError) as failure:
-            return f" (healing it failed: {failure})"
+            return f"; healing it failed: {failure}"
         return ""
+
+    def _surely(self, size: int) -> None:
+        """A resize that moves nothing, though somebody may still be cancelling what ran before it."""
+        for attempt in range(CANCEL_TRIES):
+            try:
+                return self._resizer.resize(size)
+            except FilesystemError as error:
+                passing = error.errno == errno.ECANCELED or error.kind is Kind.BUSY
+                if not passing or attempt == CANCEL_TRIES - 1:
+                    raise
+            time.sleep(self._poll_s)
+        return None

@@ -33,6 +33,7 @@ def clean_machine() -> Iterator[None]:
         yield
         return
     loop.sweep()
+    loop.sweep(loop.memory())
     sysctl = ProcSysctl()
     found = sysctl.dirty_limits()
     if found.dirty_bytes:  # a killed run's

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lab import recovery
 from lab.daemon import Daemon
 from lab.loop import Guest, fill, run
 from storaged.units import GIB, KIB, MIB
@@ -23,18 +24,7 @@ from storaged.units import GIB, KIB, MIB
 SUBVOLUME = ".storaged-balloon"
 TARGET_SLACK = 4 * MIB
 
-QUIET = """
-[storage]
-# No pressure level is ever entered for its number: the machine's write-back limits stay as they are.
-critical_enter = 0
-critical_leave = 0
-low_enter = 0
-low_leave = 0
-# Where a test reports 0 it is entered all the same; then these leave the machine fast.
-low_dirty = "1GiB"
-critical_dirty = "1GiB"
-retry_most_s = 2
-"""
+QUIET = recovery.QUIET
 
 
 @dataclass

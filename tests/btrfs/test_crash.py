@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -12,8 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from lab import loop
 from lab.daemon import Daemon
-from lab.loop import Guest, fill, run
+from lab.killing import Killer
+from lab.loop import run
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, MIB
 from tests.btrfs import support
@@ -21,22 +22,7 @@ from tests.btrfs.conftest import MakeDaemon, MakeGuest
 from tests.btrfs.support import Figures, available, children, report_for, running
 
 pytestmark = pytest.mark.btrfs
-ENDED = (storaged_v1_pb2.JOB_DONE, storaged_v1_pb2.JOB_FAILED, storaged_v1_pb2.JOB_CANCELLED)
-LARGE, SMALL = 24 * GIB, 2 * GIB
-
-
-def _begin(daemon: Daemon, what: str, rng: random.Random) -> None:
-    """Start the work without waiting for its end."""
-    if what == "resize":
-        now = daemon.status().current_size
-        size = rng.choice([SMALL, 5 * GIB, 11 * GIB + 1, LARGE])
-        size = LARGE if now < LARGE // 2 else size
-        with contextlib.suppress(grpc.RpcError):  # below the minimum, which moves with the balloon
-            daemon.resize(size)
-        return
-    free = report_for(rng.choice([0, 150 * MIB, GIB, 3 * GIB]))
-    request = vm_guest_pb2.UpdateStorageBalloonRequest(state=vm_guest_pb2.DISK_NORMAL, free_space_bytes=free)
-    daemon.maitred.UpdateStorageBalloon.future(request, timeout=10)
+LARGE = 24 * GIB
 
 
 def _kill(pid: int) -> None:
@@ -44,69 +30,15 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _truth(daemon: Daemon, guest: Guest) -> None:
-    """What the daemon says about its last job is what the filesystem has."""
-    report, status = daemon.report(), daemon.status()
-    statvfs = os.statvfs(guest.mountpoint)
-    size = statvfs.f_blocks * statvfs.f_frsize
-    assert status.current_size // 4096 * 4096 == size
-    assert not status.resize_in_progress
-    if report.HasField("job"):
-        job = report.job
-        assert job.state in ENDED
-        if job.state == storaged_v1_pb2.JOB_DONE:
-            assert job.current_size == job.requested_size == status.current_size
-        else:
-            assert job.reason
-    assert not support.read_only(guest)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("rounds", [15, pytest.param(200, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(rounds: int, make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
-    rng = random.Random(rounds)
-    guest = make_guest(LARGE)
-    fill(guest.mountpoint / "data", 48 * MIB)
-    support.half_holes(guest, 8 * MIB)
-    before = support.hashes(guest.mountpoint)
-    daemon = make_daemon(guest)
-    assert daemon.report_free(report_for(200 * MIB)) == vm_guest_pb2.SUCCESS
-    outcomes: dict[str, int] = {}
-    for _ in range(rounds):
-        child = support.children(daemon.pid)
-        what = rng.choice(["resize", "resize", "balloon"])
-        victims = rng.choice(["daemon", "child", "both", "daemon"])
-        _begin(daemon, what, rng)
-        time.sleep(rng.choice([0, rng.uniform(0, 0.01), rng.uniform(0, 0.3)]))
-        if victims != "daemon":
-            for pid in child:
-                _kill(pid)
-        if victims == "child":
-            daemon.wait_resized()
-            _truth(daemon, guest)
-            daemon.kill()
-        else:
-            daemon.kill()
-        for pid in child:
-            support.until(lambda pid=pid: not running(pid), within_s=10)  # type: ignore[misc]
-
-        daemon.start()
-        _truth(daemon, guest)
-        report = daemon.report()
-        outcome = f"{what}/{victims}/{storaged_v1_pb2.JobState.Name(report.job.state)}"
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-        # The protection is there again, or still.
-        limit = report.balloon.limit_bytes
-        support.until(
-            lambda limit=limit: available(guest) <= limit + GIB + 16 * MIB,  # type: ignore[misc]
-            within_s=20,
-        )
-    figures.note(crashes=rounds, outcomes=outcomes)
-    assert support.hashes(guest.mountpoint) == before
-    assert daemon.report_free(report_for(100 * GIB)) == vm_guest_pb2.SUCCESS
-    daemon.stop()
-    guest.unmount()
-    guest.check()
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [8, pytest.param(250, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(kills: int, figures: Figures) -> None:
+    with loop.workspace(loop.memory()) as directory:
+        tally = Killer(directory, seed=kills).run(kills)
+    figures.note(killing=tally)
+    assert tally.faults == []
+    assert sum(tally.kills.values()) >= kills
+    assert tally.records
 
 
 def _restarted_while_it_waits(daemon: Daemon) -> None:

@@ -215,3 +215,42 @@ def test_nothing_is_healed_that_was_not_tried(guest: Guest) -> None:
     ended = guest.run(GIB)
     assert ended.outcome is ev.Outcome.FAILED
     assert guest.disk.faults.calls["resize"] == 0
+
+
+def test_a_shrink_that_was_cut_off_is_healed(guest: Guest) -> None:
+    # The kernel may go on believing that it has no room: a sector less and back makes it look again.
+    guest.disk.faults.fail("resize", FilesystemError("killed", errno.ECANCELED))
+    assert guest.run(4 * GIB).outcome is ev.Outcome.STOPPED
+    assert guest.disk.faults.calls["resize"] == 3
+    assert guest.disk.size == 8 * GIB
+
+
+def test_a_heal_that_is_cancelled_too_ends_where_it_began(guest: Guest) -> None:
+    for _ in range(3):
+        guest.disk.faults.fail("resize", FilesystemError("cancelled", errno.ECANCELED))
+    guest.run(4 * GIB)
+    assert guest.disk.size == 8 * GIB
+
+
+def test_after_a_crash_the_kernels_work_is_let_end_and_healed(guest: Guest) -> None:
+    guest.disk.exclusive_operation = "resize"
+    ended = threading.Event()
+
+    def end() -> None:
+        assert guest.disk.faults.calls["resize"] == 0
+        ended.set()
+        guest.disk.exclusive_operation = "none"
+
+    timer = threading.Timer(0.1, end)
+    timer.start()
+    told = guest.runner.recover(Job("a", 4 * GIB, 8 * GIB, 8 * GIB, JobState.RUNNING))
+    timer.join()
+    assert ended.is_set()
+    assert told == ""
+    assert guest.disk.faults.calls["resize"] == 2
+    assert guest.disk.size == 8 * GIB
+
+
+def test_after_a_crash_in_a_grow_there_is_nothing_to_heal(guest: Guest) -> None:
+    assert guest.runner.recover(Job("a", 12 * GIB, 8 * GIB, 8 * GIB, JobState.RUNNING)) == ""
+    assert guest.disk.faults.calls["resize"] == 0
