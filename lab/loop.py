@@ -74,7 +74,8 @@ def clear(path: Path) -> None:
     """Unmount, detach and delete everything below `path`, also filesystems on images on filesystems."""
     for _ in range(100):
         mounts = _mounts_below(path)
-        mine = [device for device, image in loops() if image.startswith(f"{path}/")]
+        # By its name alone: of an image in another mount namespace the kernel shows only the path below its mount.
+        mine = [device for device, image in loops() if f"/{path.name}/" in image]
         if not mounts and not mine:
             break
         for mountpoint in reversed(mounts):
