@@ -132,7 +132,8 @@ async def test_default_signals_though_we_ignore_and_block(tmp_path: Path) -> Non
         script = f"exec cat /proc/self/status > {out}"
         assert (await run("/bin/sh", "-c", script)).code == 0
         masks = dict(line.split(maxsplit=1) for line in out.read_text().splitlines() if line.startswith("Sig"))
-        assert int(masks["SigIgn:"], 16) == 0
+        # But for 32 and 33: glibc keeps them to itself, and whoever started us may have ignored them.
+        assert int(masks["SigIgn:"], 16) & ~(0b11 << 31) == 0
         assert int(masks["SigBlk:"], 16) == 0
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
