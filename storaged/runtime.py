@@ -565,11 +565,13 @@ class StorageService:
     # --- plumbing ---------------------------------------------------------------------------------------------
 
     def _settle_after_job(self) -> None:
-        """From the resize thread: the balloon is right again before the host hears that the job is over."""
+        """From the resize thread: the balloon is right again, and known to be, before the job is said to be over."""
         limit = self._state.balloon.limit
         try:
             if limit is not None or self._engine.size():
-                self._engine.hold(limit)
+                held = self._engine.hold(limit)
+                now = self._world.clock.monotonic()
+                self._tell(ev.BalloonSettled(limit, held.size, now, tight(held.space)))
         except (StoragedError, OSError) as error:
             log.info("the balloon comes back later: %s", error)  # the job's end makes the core try again
 

@@ -222,6 +222,16 @@ async def test_a_second_resize_is_answered_in_band(guest: Guest) -> None:
     assert await guest.resize(12 * GIB) == STATUS.ALREADY_IN_PROGRESS
 
 
+async def test_when_a_job_is_over_the_balloon_is_what_the_report_says(guest: Guest) -> None:
+    assert await guest.report_free(2 * GIB) == vm.SUCCESS
+    for size in (6 * GIB, 3 * GIB, 12 * GIB, 5 * GIB):
+        assert await guest.resize(size) == STATUS.STARTED
+        while (await guest.status()).resize_in_progress:
+            pass
+        snapshot = guest.service.snapshot  # as it was published together with the job's end
+        assert snapshot.state.balloon.size == guest.world.balloon.size()
+
+
 async def test_who_waits_for_bounds_waits_for_no_job(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "READ_WITHIN_S", 0.2)
     guest.disk.faults.hang("sync")  # what has to come before the bounds are known
