@@ -7,6 +7,7 @@ whatever anybody says: its superblock is read right before the cut, and once mor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 from collections.abc import Awaitable, Callable
@@ -135,6 +136,16 @@ def _sync(path: str) -> None:
             os.close(fd)
     except OSError as error:
         raise ImageError(f"image {path}: {error.strerror}") from error
+
+
+def known(path: str) -> tuple[int | None, int | None]:
+    """The sizes of the image and of the filesystem in it, as far as they can be read; blocks."""
+    image = filesystem = None
+    with contextlib.suppress(ImageError):
+        image = _length(path)
+    with contextlib.suppress(OSError, superblock.NoFilesystem):
+        filesystem = superblock.read(path).size
+    return image, filesystem
 
 
 async def within(call: Callable[[], Awaitable[None]], who: str) -> None:
