@@ -1,9 +1,10 @@
-"""The guest's part of a resize: asked again and again until it is done, refused, or the guest is silent for too long."""
+"""The guest's part of a resize: asked for until it is done or refused, or the guest is silent for too long."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -16,8 +17,10 @@ from storaged.rpc.proto import storaged_v1_pb2
 from storaged.units import format_size
 
 if TYPE_CHECKING:
-    from storaged.host.resizes import Job, Resizing
+    from storaged.host.resizes import Job
+    from storaged.host.settings import Resizing
 
+log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _MOVING = {storaged_v1_pb2.JOB_RUNNING, storaged_v1_pb2.JOB_CANCELLING}
 
@@ -119,13 +122,15 @@ class GuestWork:
         agent = self._agent(self._job.saga.guest)
         if agent is None:
             return False
-        with contextlib.suppress(Lost):
-            try:
-                await agent.cancel_resize()
-            except Refused:
-                pass  # it ended by itself, or does not know how: the status tells
-            return True
-        return False
+        try:
+            await agent.cancel_resize()
+        except Lost:
+            return False
+        except Refused as refused:
+            log.debug(
+                "%s: no cancel: %s", self._job.saga.guest, refused.message
+            )  # it ended, or cannot: the status tells
+        return True
 
     async def _why(self, size: int) -> str:
         """Why the guest's job did not get there, in its own words."""

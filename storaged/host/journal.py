@@ -38,7 +38,7 @@ class Journal:
                 raise ValueError("the checksum does not match")
             return [_saga(record) for record in json.loads(body)]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            log.error("journal %s cannot be believed (%s); it is put aside", self.path, error)
+            log.warning("journal %s cannot be believed (%s); it is put aside", self.path, error)
             os.replace(self.path, f"{self.path}.damaged")
             return []
 
@@ -73,6 +73,6 @@ def _saga(record: dict[str, Any]) -> Saga:
     known |= {"direction": Direction(record["direction"]), "stage": Stage(record["stage"])}
     known["outcome"] = Outcome(record["outcome"]) if record["outcome"] is not None else None
     saga = Saga(**known)
-    if not all(isinstance(size, int) and size >= 0 for size in (saga.to, saga.start, saga.image_start)):
+    if min(saga.to, saga.start, saga.image_start) < 0:
         raise ValueError(f"sizes of {saga.id}")
     return saga

@@ -17,6 +17,7 @@ from storaged.host.guest_work import Agent, GuestWork
 from storaged.host.images import ImageBackend, known
 from storaged.host.journal import Journal
 from storaged.host.saga_model import Saga
+from storaged.host.settings import Resizing
 from storaged.units import MAX_SIZE, MIB, format_size, sector_floor
 
 log = logging.getLogger(__name__)
@@ -24,23 +25,6 @@ log = logging.getLogger(__name__)
 LEAST = 16 * MIB
 """No btrfs is smaller than this; a smaller number is a slip."""
 VERIFY_TRIES, VERIFY_S = 10, 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Resizing:
-    """How resizes are run: the table [resize]."""
-
-    state_dir: str = field(
-        default="/var/lib/storaged-host", metadata={"help": "directory in which running resizes are written down"}
-    )
-    patience_s: float = field(
-        default=120.0, metadata={"help": "how long a guest may be silent before its resize fails, in seconds"}
-    )
-    capacity_s: float = field(
-        default=60.0, metadata={"help": "how long a guest's kernel may take to see its larger disk, in seconds"}
-    )
-    poll_s: float = field(default=0.2, metadata={"help": "how often a guest at work is asked, in seconds"})
-    keep: int = field(default=20, metadata={"help": "how many ended resizes are remembered"})
 
 
 @dataclass(slots=True)
@@ -78,6 +62,7 @@ class Resizes:
         self._jobs: dict[str, Job] = {}
         self._saving = asyncio.Lock()
         self._beginning: set[str] = set()
+        self._loaded = False
 
     @property
     def snapshot(self) -> tuple[Saga, ...]:
@@ -85,10 +70,23 @@ class Resizes:
         found = [job.saga for job in self._jobs.values()]
         return tuple(sorted(found, key=lambda saga: (not saga.active, -(saga.ended or saga.started))))
 
+    def load(self) -> None:
+        """Read what was written down. Raises StoragedError: what is not known must not be written over."""
+        if not self._loaded:
+            self._jobs = {saga.id: Job(saga) for saga in self._journal.load()}
+            self._loaded = True
+
+    def size_of(self, guest: str) -> int:
+        """What a resize under way may make of the guest's image; 0 when there is none."""
+        return max(
+            (job.saga.to for job in self._jobs.values() if job.saga.active and job.saga.guest == guest), default=0
+        )
+
     async def run(self) -> None:
         """Until cancelled; what is under way then is taken up at the next start. Raises StoragedError."""
-        for saga in await asyncio.to_thread(self._journal.load):
-            job = self._jobs[saga.id] = Job(saga)
+        self.load()
+        for job in self._jobs.values():
+            saga = job.saga
             if saga.active:
                 log.info("%s: the resize to %s goes on at %s", saga.guest, format_size(saga.to), saga.stage.value)
                 if saga.cancelling:
@@ -191,7 +189,7 @@ class Resizes:
         try:
             await self._save()
         except OSError as error:
-            log.error("journal %s: %s", self._journal.path, error.strerror)
+            log.warning("journal %s: %s", self._journal.path, error.strerror)
             return await self._failed(job, f"it cannot be written down: {error.strerror}")
         self._world.changed()
         return None
@@ -254,9 +252,9 @@ class Resizes:
 
     @staticmethod
     async def _verified(to: int, backend: ImageBackend) -> sm.Verified:
-        for _ in range(VERIFY_TRIES):
-            found = sm.Verified(await backend.size(), await backend.filesystem_size())
-            if found.filesystem == to:
+        for left in range(VERIFY_TRIES, 0, -1):
+            filesystem = await backend.filesystem_size()
+            if filesystem == to or left == 1:
                 break
             await asyncio.sleep(VERIFY_S)  # the guest's last commit may be on its way
-        return found
+        return sm.Verified(await backend.size(), await backend.filesystem_size())

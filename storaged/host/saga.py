@@ -19,9 +19,30 @@ from dataclasses import replace
 from typing import Any
 
 from storaged.host.saga_model import (
-    AwaitCapacity, CancelAsked, CapacitySeen, CutImage, Direction, Effect, Event, Failed, GrowImage, GuestEnded,
-    ImageIs, Interrupt, Outcome, Progressed, ResizeFilesystem, Resumed, Saga, Save, Stage, Stopped, Survey, Surveyed,
-    Verified, Verify,
+    AwaitCapacity,
+    CancelAsked,
+    CapacitySeen,
+    CutImage,
+    Direction,
+    Effect,
+    Event,
+    Failed,
+    GrowImage,
+    GuestEnded,
+    ImageIs,
+    Interrupt,
+    Outcome,
+    Progressed,
+    ResizeFilesystem,
+    Resumed,
+    Saga,
+    Save,
+    Stage,
+    Stopped,
+    Survey,
+    Surveyed,
+    Verified,
+    Verify,
 )  # fmt: skip
 from storaged.units import format_size
 

@@ -62,7 +62,7 @@ def _sound(block: bytes) -> bool:
     body = block[_CSUM:]
     match struct.unpack_from("<H", block, _TYPE)[0]:
         case 0:
-            return struct.unpack_from("<I", block)[0] == crc32c(body)
+            return block[:4] == struct.pack("<I", crc32c(body))
         case 1:
             return True
         case 2:
@@ -94,13 +94,13 @@ def read(path: str) -> Superblock:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         last = os.pread(fd, LENGTH, AT)
-        for _ in range(_TRIES):
+        for left in range(_TRIES, 0, -1):
             block = os.pread(fd, LENGTH, AT)
             if block == last:
                 try:
                     return parse(block)
                 except NoFilesystem:
-                    if _ == _TRIES - 1:
+                    if left == 1:
                         raise
             last = block
     finally:
