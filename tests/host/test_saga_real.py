@@ -189,10 +189,13 @@ def test_killed_at_every_step(bench: Bench, start: int, to: int) -> None:
             if running:
                 ended = host.ends(running[0].id)
                 assert ended.state == pb.RESIZE_DONE, ended
+                assert ended.resumed == 1
                 assert bench.sizes() == (to, to)
+            if bench.sizes() != (start, start):
+                assert host.ends(host.resize(start).id).state == pb.RESIZE_DONE
+            assert bench.sizes() == (start, start)
         finally:
             host.close()
-        _bring(bench, start)
     assert died >= 10, "it died at every one of them"
     assert bench.sizes() == (to, to)
     bench.daemon.stop()
