@@ -161,7 +161,6 @@ def test_a_late_event_changes_nothing() -> None:
 class World(RuleBasedStateMachine):
     """An image, a filesystem in it and a guest that resizes; everything fails, dies and is cancelled at any time."""
 
-
     @initialize(image=st.sampled_from(SIZES), less=st.integers(0, 2), to=st.sampled_from(SIZES))
     def begin(self, image: int, less: int, to: int) -> None:
         self.image = image

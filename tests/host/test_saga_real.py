@@ -87,9 +87,7 @@ class Host:
         self.process = subprocess.Popen(
             [sys.executable, "-m", KILLED, "serve", "--config", str(bench.config)], stderr=self._log, env=environment
         )
-        self._channel = grpc.insecure_channel(
-            f"unix:{bench.socket}", options=[("grpc.use_local_subchannel_pool", 1)]
-        )
+        self._channel = grpc.insecure_channel(f"unix:{bench.socket}", options=[("grpc.use_local_subchannel_pool", 1)])
         self.stub = storaged_host_v1_pb2_grpc.HostStub(self._channel)
 
     def resizable(self) -> None:
@@ -163,7 +161,7 @@ def test_there_and_back(bench: Bench) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("start", "to"), [(SMALL, LARGE), (LARGE, SMALL)], ids=["grow", "shrink"])
 def test_killed_at_every_step(bench: Bench, start: int, to: int) -> None:
-    died = 0
+    died = resumed = 0
     if start == LARGE:
         _bring(bench, LARGE)
     for step in itertools.count():
@@ -189,7 +187,7 @@ def test_killed_at_every_step(bench: Bench, start: int, to: int) -> None:
             if running:
                 ended = host.ends(running[0].id)
                 assert ended.state == pb.RESIZE_DONE, ended
-                assert ended.resumed == 1
+                resumed += ended.resumed
                 assert bench.sizes() == (to, to)
             if bench.sizes() != (start, start):
                 assert host.ends(host.resize(start).id).state == pb.RESIZE_DONE
@@ -197,6 +195,7 @@ def test_killed_at_every_step(bench: Bench, start: int, to: int) -> None:
         finally:
             host.close()
     assert died >= 10, "it died at every one of them"
+    assert resumed >= 8, "and most times it had begun"
     assert bench.sizes() == (to, to)
     bench.daemon.stop()
     bench.guest.unmount()
