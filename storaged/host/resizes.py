@@ -100,6 +100,8 @@ class Resizes:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            async with self._saving:
+                pass  # the last page is written
 
     async def begin(self, guest: str, size: int) -> Saga:
         """Start one; it is written down when this returns. Raises StoragedError with what is wrong."""
@@ -195,6 +197,10 @@ class Resizes:
         return None
 
     async def _save(self) -> None:
+        """Raises OSError. Whoever waits may be cancelled; the writing never is half-way when the next begins."""
+        await asyncio.shield(asyncio.create_task(self._write()))
+
+    async def _write(self) -> None:
         async with self._saving:
             await asyncio.to_thread(self._journal.save, [job.saga for job in self._jobs.values()])
 
