@@ -62,7 +62,7 @@ class Resizes:
         self._jobs: dict[str, Job] = {}
         self._saving = asyncio.Lock()
         self._beginning: set[str] = set()
-        self._loaded = False
+        self._loaded = self._ended = False
 
     @property
     def snapshot(self) -> tuple[Saga, ...]:
@@ -96,6 +96,7 @@ class Resizes:
         try:
             await asyncio.get_running_loop().create_future()
         finally:
+            self._ended = True
             tasks = [job.task for job in self._jobs.values() if job.task is not None]
             for task in tasks:
                 task.cancel()
@@ -167,6 +168,8 @@ class Resizes:
     # --- one saga
 
     def _start(self, job: Job, result: sagas.Result) -> None:
+        if self._ended:
+            return  # it is written down: the next daemon takes it up
         job.task = asyncio.create_task(self._drive(job, result), name=f"resize {job.saga.id}")
 
     async def _drive(self, job: Job, result: sagas.Result) -> None:

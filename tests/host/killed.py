@@ -19,7 +19,8 @@ _left = int(os.environ["DIES_AT"])
 def _step(what: str) -> None:
     global _left  # noqa: PLW0603  # a process has one life
     if _left == 0:
-        print(f"killed at {what}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"killed {what}\n")
+        sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     _left -= 1
 
@@ -46,7 +47,7 @@ _around(journal.Journal, "save")
 _around(loop.LoopImage, "_resize")
 _around(guests.GuestClient, "resize")
 # Between the new length of the file and what the loop device shows of it.
-_around(loop.os, "truncate")
+_around(os, "truncate")
 
 if __name__ == "__main__":
     sys.exit(__main__.main())

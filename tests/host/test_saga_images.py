@@ -86,17 +86,17 @@ def test_crc32c_is_castagnolis() -> None:
 async def obeys(backend: ImageBackend, path: Path) -> None:
     """What all backends promise."""
     await backend.check()
-    cost = path.stat().st_blocks
+    cost = os.stat(path).st_blocks
     assert await backend.size() == SIZE
     assert await backend.grow(3 * SIZE) == 3 * SIZE
     assert await backend.grow(2 * SIZE) == 3 * SIZE, "growing cuts nothing"
-    assert path.stat().st_size == 3 * SIZE
-    assert path.stat().st_blocks <= cost + 64, "a hole"
+    assert os.stat(path).st_size == 3 * SIZE
+    assert os.stat(path).st_blocks <= cost + 64, "a hole"
     assert await backend.filesystem_size() == SIZE
     assert await backend.shrink(2 * SIZE) == 2 * SIZE
     with pytest.raises(WouldCut, match=str(SIZE)):
         await backend.shrink(SIZE - 4096)
-    assert path.stat().st_size == await backend.size() == 2 * SIZE, "nothing was cut"
+    assert os.stat(path).st_size == await backend.size() == 2 * SIZE, "nothing was cut"
     assert await backend.shrink(SIZE) == await backend.shrink(2 * SIZE) == SIZE
 
 
@@ -108,12 +108,12 @@ async def test_a_filesystem_that_grows_at_the_moment_of_the_cut_gets_its_room_ba
         async def _set(self, size: int) -> None:
             os.truncate(self.path, size)
             grown = [2 * SIZE]
-            monkeypatch.setattr(images.superblock, "read", lambda _: superblock.Superblock(grown[0]))
+            monkeypatch.setattr(superblock, "read", lambda _: superblock.Superblock(grown[0]))
 
     os.truncate(image, 2 * SIZE)
     with pytest.raises(WouldCut):
         await Racing(str(image)).shrink(SIZE)
-    assert image.stat().st_size == 2 * SIZE
+    assert os.stat(image).st_size == 2 * SIZE
 
 
 async def test_what_cannot_be_read_is_never_cut(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ async def test_what_cannot_be_read_is_never_cut(tmp_path: Path) -> None:
 
     with pytest.raises(ImageError, match="no btrfs"):
         await Plain(str(path)).shrink(4096)
-    assert path.stat().st_size == MIB
+    assert os.stat(path).st_size == MIB
     with pytest.raises(ImageError, match="No such file"):
         await Plain(str(tmp_path / "none")).shrink(4096)
 
@@ -163,7 +163,7 @@ async def test_an_image_that_nobody_shows_is_refused() -> None:
             await backend.check()
         with pytest.raises(ImageError, match="no loop device"):
             await backend.grow(2 * SIZE)
-        assert path.stat().st_size == SIZE
+        assert os.stat(path).st_size == SIZE
         device = run("losetup", "--show", "-f", "-o", "4096", path)
         try:
             with pytest.raises(ImageError, match="only a part"):
@@ -239,7 +239,7 @@ async def test_what_crosvm_refuses_is_said(tmp_path: Path, image: Path, crosvm: 
         await CrosvmImage(str(image), f"{tmp_path}/crosvm.sock", 1).grow(2 * SIZE)
     with pytest.raises(ImageError, match="No such file"):
         await CrosvmImage(str(image), f"{tmp_path}/none.sock", 1).grow(2 * SIZE)
-    assert image.stat().st_size == SIZE
+    assert os.stat(image).st_size == SIZE
 
 
 # --- QEMU -----------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ async def test_another_disk_than_the_image_is_refused(
     tmp_path: Path, image: Path, qemu: subprocess.Popen[bytes]
 ) -> None:
     monitor = f"{tmp_path}/qmp.sock"
-    with pytest.raises(ImageError, match="is in .*other.img, not in"):
+    with pytest.raises(ImageError, match=r"is in .*other\.img, not in"):
         await QmpImage(str(image), monitor, "disk1").grow(2 * SIZE)
     with pytest.raises(ImageError, match="only raw"):
         await QmpImage(str(image), monitor, "disk2").grow(2 * SIZE)
@@ -291,7 +291,7 @@ async def test_another_disk_than_the_image_is_refused(
         await QmpImage(str(image), monitor, "nope").check()
     with pytest.raises(ImageError, match="QEMU refuses block_resize"):
         await QmpImage(str(image), monitor, "").grow(1 << 62)
-    assert image.stat().st_size == (tmp_path / "other.img").stat().st_size == SIZE
+    assert os.stat(image).st_size == os.stat(tmp_path / "other.img").st_size == SIZE
 
 
 @needs_btrfs
@@ -309,4 +309,4 @@ async def test_a_machine_that_hangs_or_has_ended_is_no_end_of_us(
     await asyncio.to_thread(qemu.wait)
     with pytest.raises(ImageError, match="QEMU's monitor"):
         await backend.grow(2 * SIZE)
-    assert image.stat().st_size == SIZE
+    assert os.stat(image).st_size == SIZE

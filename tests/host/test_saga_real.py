@@ -149,7 +149,7 @@ def test_there_and_back(bench: Bench) -> None:
         for size, code in ((SMALL // 8, grpc.StatusCode.OUT_OF_RANGE), (5, grpc.StatusCode.INVALID_ARGUMENT)):
             with pytest.raises(grpc.RpcError) as refused:
                 host.resize(size)
-            assert refused.value.code() is code  # type: ignore[attr-defined]
+            assert refused.value.code() is code
         pool = host.stub.GetPool(pb.GetPoolRequest())
         assert pool.free_bytes > 0
         assert pool.history
@@ -182,7 +182,7 @@ def test_killed_at_every_step(bench: Bench, start: int, to: int) -> None:
         host = Host(bench)
         try:
             host.resizable()
-            known = host.stub.Watch(pb.WatchRequest()).next().resizes
+            known = next(iter(host.stub.Watch(pb.WatchRequest()))).resizes
             running = [each for each in known if each.id == wanted or each.state not in ENDED]
             if running:
                 ended = host.ends(running[0].id)
