@@ -330,10 +330,9 @@ async def test_an_end_at_every_call_is_taken_up_again(tmp_path: Path, start: int
         async with running(bench) as task:
             bench.before = lambda _, task=task: task.cancel()  # type: ignore[misc]
             begun = await bench.resizes.begin("g", to)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(20):
-                    while not task.done() and begun.id in {each.id for each in bench.resizes.snapshot if each.active}:
-                        await asyncio.sleep(0.002)
+            ends = asyncio.create_task(bench.ends(begun.id))
+            await asyncio.wait({task, ends}, return_when=asyncio.FIRST_COMPLETED)
+            ends.cancel()
         if bench.calls <= at:
             break
         bench.new()
