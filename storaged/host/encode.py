@@ -108,7 +108,7 @@ def guest(member: Member, controller: Controller, now: float) -> pb.Guest:
         answer.allocated_bytes = believed.image
         answer.left_bytes = believed.left
         answer.write_bytes_per_s = max(believed.rate, 0.0)
-        if believed.lease.granted is not None:
+        if believed.lease.bound:
             answer.grant_bytes = believed.lease.granted
     if member.client is not None:
         _reported(answer, member.client, now)
