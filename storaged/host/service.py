@@ -9,6 +9,7 @@ import resource
 import signal
 
 from storaged.addresses import Address
+from storaged.host.api import HostApi
 from storaged.host.config import GuestConfig, HostConfig, PoolConfig
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
@@ -36,6 +37,7 @@ class Host:
                 config.sharing,
                 Watcher(source(pool)),
                 self._connect,
+                config.resize,
             )
             for pool in config.pools
         ]
@@ -45,7 +47,8 @@ class Host:
             for guest in config.guests
             if guest.peer and guest.pool == controller.pool.name
         }
-        self._listener = Listener(self._ready, config.tls)
+        self._api = HostApi(self.controllers)
+        self._listener = Listener(self._ready, config.tls, self._api.add_to)
         self.listening: list[Address] = []
 
     def _connect(self, guest: GuestConfig) -> GuestClient:
@@ -80,6 +83,7 @@ class Host:
             if self._config.listen:
                 self.listening = await self._listener.start(self._config.listen)
             async with asyncio.TaskGroup() as group:
+                group.create_task(self._api.run(), name="history")
                 for controller in self.controllers:
                     group.create_task(controller.run(), name=f"pool {controller.pool.name}")
                 log.info(
