@@ -1,6 +1,6 @@
 """The host side's TOML file: pools, guests, how to share; every key checked, unknown ones refused.
 
-[serve]            listen = ["tcp:127.0.0.1:7777"]
+[serve]            listen = ["tcp:127.0.0.1:7777"], metrics = "127.0.0.1:9848"
 [sharing]          low = "4GiB"
 [pool.vms]         path = "/var/lib/vms"
 [guest.web]        address = "unix:/run/web.sock", image = "/var/lib/vms/web.img", weight = 2.0
@@ -100,6 +100,8 @@ class HostConfig:
     tls: Tls = field(default_factory=Tls)
     discovery: Discovery | None = None
     resize: Resizing = field(default_factory=Resizing)
+    metrics: str = ""
+    """HOST:PORT or unix:/path; empty: none."""
 
 
 def load(path: str) -> HostConfig:
@@ -127,7 +129,7 @@ def parse(document: dict[str, Any]) -> HostConfig:
             value = getattr(guest, what)
             if value and seen.setdefault(value, guest.name) != guest.name:
                 raise ConfigError(f"guest.{guest.name}.{what} = {value!r} is that of guest {seen[value]}, too")
-    serve = _table("serve", document.get("serve", {}), ("listen",))
+    serve = _table("serve", document.get("serve", {}), ("listen", "metrics"))
     listen = serve.get("listen", [])
     if not isinstance(listen, list):
         raise ConfigError(f"serve.listen = {listen!r}: a list of addresses is accepted")
@@ -142,6 +144,7 @@ def parse(document: dict[str, Any]) -> HostConfig:
         Tls(**{key: _text(f"tls.{key}", value) for key, value in tls.items()}),
         _discovery(document["discovery"], pools) if "discovery" in document else None,
         _resize(document.get("resize", {})),
+        metrics=_text("serve.metrics", serve["metrics"]) if "metrics" in serve else "",
     )
 
 

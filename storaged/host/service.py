@@ -79,6 +79,13 @@ class Host:
         """Until cancelled. Raises StoragedError when it cannot begin."""
         for controller in self.controllers:
             controller.check()
+        exporter = None
+        if self._config.metrics:
+            # Loaded where it is wanted.
+            from storaged.host.metrics import HostCollector
+            from storaged.metrics.exporter import serve_collectors
+
+            exporter = serve_collectors(self._config.metrics, lambda: None, HostCollector(self.controllers))
         try:
             if self._config.listen:
                 self.listening = await self._listener.start(self._config.listen)
@@ -94,6 +101,8 @@ class Host:
                 )
         finally:
             await self._listener.stop()
+            if exporter is not None:
+                await asyncio.to_thread(exporter.shutdown)
 
 
 def tune() -> None:

@@ -8,8 +8,9 @@ import os
 import socket
 import stat
 import threading
+from collections.abc import Callable
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
@@ -17,8 +18,9 @@ from prometheus_client.registry import Collector
 
 from storaged.addresses import TcpAddress, UnixAddress, parse_address
 from storaged.errors import ConfigError, Kind, StoragedError
-from storaged.metrics.collector import StorageCollector
-from storaged.runtime import StorageService
+
+if TYPE_CHECKING:
+    from storaged.runtime import StorageService
 
 log = logging.getLogger(__name__)
 SOCKET_MODE = 0o660
@@ -68,9 +70,9 @@ class _UnixServer(_Server):
 class Exporter:
     """A running HTTP server."""
 
-    def __init__(self, server: _Server, collector: StorageCollector, path: str | None) -> None:
+    def __init__(self, server: _Server, close: Callable[[], None], path: str | None) -> None:
         self._server = server
-        self._collector = collector
+        self._close = close
         self._path = path
         self._thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
@@ -85,7 +87,7 @@ class Exporter:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        self._collector.close()
+        self._close()
         if self._path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
@@ -106,6 +108,18 @@ def parse(address: str) -> TcpAddress | UnixAddress:
 
 def serve(storage: StorageService, address: str, *more: Collector) -> Exporter:
     """Serve /metrics on `HOST:PORT` or `unix:/path`, with what `more` collects. Raises StoragedError."""
+    from storaged.metrics.collector import StorageCollector  # a host's daemon serves no guest's metrics
+
+    collector = StorageCollector(storage)
+    try:
+        return serve_collectors(address, collector.close, collector, *more)
+    except BaseException:
+        collector.close()
+        raise
+
+
+def serve_collectors(address: str, close: Callable[[], None], *collectors: Collector) -> Exporter:
+    """The same for any collectors; `close` is called at the end. Raises StoragedError."""
     parsed = parse(address)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # the library's only untyped function here
     registry = CollectorRegistry()
@@ -114,11 +128,10 @@ def serve(storage: StorageService, address: str, *more: Collector) -> Exporter:
     except OSError as error:
         message = f"cannot serve metrics on {address}: {error.strerror or error}"
         raise StoragedError(message, Kind.UNAVAILABLE) from error
-    collector = StorageCollector(storage)
-    for one in (collector, *more):
+    for one in collectors:
         registry.register(one)
     server.set_app(make_wsgi_app(registry))
-    exporter = Exporter(server, collector, parsed.path if isinstance(parsed, UnixAddress) else None)
+    exporter = Exporter(server, close, parsed.path if isinstance(parsed, UnixAddress) else None)
     if isinstance(parsed, UnixAddress):
         log.info("metrics at %s", parsed)
     else:
