@@ -9,7 +9,7 @@ RUFF  := $(PY) -m ruff
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz soak lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
+.PHONY: help setup demo test test-long fuzz soak adversary lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
 	lock clean
 
 help: ## Show this list
@@ -63,6 +63,9 @@ fuzz: setup ## Fuzz everything that reads what others wrote (ARGS='--runs 100000
 
 soak: setup ## Mixed calls for four minutes: memory, files and threads stay flat (ARGS='--seconds 600')
 	@$(PY) -m lab.soak $(ARGS)
+
+adversary: setup ## Two guests at full speed on one disk, bursts and kills (ARGS='--seconds 600', ARGS=--without)
+	@$(PY) -m lab.adversary $(ARGS)
 
 bench: setup ## Measure against real peers
 	@$(PY) benchmarks/run.py $(ARGS)

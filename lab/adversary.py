@@ -1,0 +1,282 @@
+"""Two guests write all they can on a disk that was promised to both, while everything around them misbehaves.
+
+    python -m lab.adversary [--seconds N] [--seed N] [--without]
+
+A host process takes and frees space in bursts; the controller and the guests' daemons are killed with kill -9 and
+started again. At the end: I/O errors in the guests, how often the host was full, whether every durable file is whole.
+`--without` runs the same without a controller: the figures show what it is for. Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab.daemon import Daemon
+from lab.loop import Guest, clear, run, workspace
+from lab.recovery import QUIET
+from storaged.units import GIB, MIB
+
+DISK = 3 * GIB
+PROMISED = 4 * GIB
+RESERVE = 512 * MIB
+BLOCK = 8 * MIB
+BURST = RESERVE // 4
+"""A host's own writers: what a sharer can withstand is half the reserve (see docs/sharing.md)."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """What happened."""
+
+    written: int = 0
+    enospc: int = 0
+    io_errors: int = 0
+    damaged: int = 0
+    whole: int = 0
+    host_full: int = 0
+    least_free: int = DISK
+    bursts: int = 0
+    kills: dict[str, int] = field(default_factory=lambda: {"controller": 0, "daemon": 0})
+    checks: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.written / GIB:.1f} GiB written, ENOSPC {self.enospc} times; I/O errors {self.io_errors};"
+            f" files whole {self.whole}, damaged {self.damaged}; host full {self.host_full} times, least free"
+            f" {self.least_free // MIB} MiB; {self.bursts} bursts; kills {self.kills};"
+            f" btrfs check {'; '.join(self.checks) or 'clean'}"
+        )
+
+    @property
+    def unharmed(self) -> bool:
+        """Nothing was lost, and the host never ran out."""
+        return not (self.io_errors or self.damaged or self.host_full or self.checks)
+
+
+class Writer:
+    """Applications of one guest: durable files until there is no room, then half of them are deleted, and on."""
+
+    def __init__(self, guest: Guest, figures: Figures, seed: int) -> None:
+        self._root = guest.mountpoint
+        self._figures = figures
+        self._dice = random.Random(seed)
+        self._kept: dict[Path, str] = {}
+
+    def __call__(self, number: int) -> None:
+        data = self._dice.randbytes(BLOCK)
+        path = self._root / f"file{number}"
+        accepted = False
+        try:
+            with path.open("wb", buffering=0) as file:
+                at = 0
+                while at < BLOCK:
+                    at += file.write(data[at:])
+                accepted = True
+                os.fsync(file.fileno())
+            self._kept[path] = hashlib.sha256(data).hexdigest()
+            self._figures.written += BLOCK
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            # What was accepted and then could not be written met a full host: a loop device passes that on as ENOSPC,
+            # a virtual disk as EIO. An honest ENOSPC comes before.
+            if accepted or error.errno != errno.ENOSPC:
+                self._figures.io_errors += 1
+                time.sleep(0.1)
+                return
+            self._figures.enospc += 1
+            if self._dice.random() < 0.3:
+                for old in self._dice.sample(sorted(self._kept), len(self._kept) // 2):
+                    del self._kept[old]
+                    old.unlink()
+            time.sleep(0.2)
+
+    def verify(self) -> None:
+        """Read everything back."""
+        for path, digest in self._kept.items():
+            try:
+                same = hashlib.sha256(path.read_bytes()).hexdigest() == digest
+            except OSError:
+                same = False
+            self._figures.whole += same
+            self._figures.damaged += not same
+
+
+class Host:
+    """The controller as a process of its own."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        self._config, self._log = config, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it."""
+        command = [sys.executable, "-m", "storaged.host", "serve", "--config", str(self._config)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def end(self, number: int = signal.SIGKILL) -> None:
+        """End it, as a crash does if nothing else is said."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(20)
+            self._process = None
+
+
+def _free(pool: Path) -> int:
+    stats = os.statvfs(pool)
+    return stats.f_bavail * stats.f_frsize
+
+
+def _burst(pool: Path, dice: random.Random, figures: Figures) -> None:
+    path = pool / "burst"
+    try:
+        with path.open("wb") as file:
+            for _ in range(dice.randrange(BURST // 4, BURST) // MIB):
+                file.write(bytes(MIB))
+            file.flush()
+            os.fsync(file.fileno())
+        figures.bursts += 1
+    except OSError:
+        figures.host_full += 1
+    time.sleep(dice.uniform(0.5, 3))
+    path.unlink(missing_ok=True)
+    time.sleep(dice.uniform(0.5, 3))
+
+
+def _again(work: Callable[[int], None], until: float) -> threading.Thread:
+    def loop() -> None:
+        number = 0
+        while time.monotonic() < until:
+            work(number)
+            number += 1
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    return thread
+
+
+def _config(pool: Path, guests: dict[str, Guest]) -> Path:
+    lines = [f'[pool.p]\npath = "{pool}"\n[sharing]\nreserve_least = "{RESERVE}"\nbase = "128MiB"\n']
+    lines.append(f'[resize]\nstate_dir = "{pool.parent}/host-state"\n')
+    for name, guest in guests.items():
+        lines.append(f'[guest.{name}]\naddress = "unix:{pool.parent}/{name}/storaged.sock"\nimage = "{guest.image}"\n')
+    path = pool.parent / "host.toml"
+    path.write_text("".join(lines))
+    return path
+
+
+def attack(directory: Path, seconds: float, seed: int, *, controlled: bool) -> Figures:
+    """One run in `directory`; its figures. Everything is cleared on the way out."""
+    figures, dice = Figures(), random.Random(seed)
+    pool, disk = directory / "pool", directory / "disk.img"
+    pool.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(DISK)
+    run("mkfs.ext4", "-q", "-m", "0", disk)
+    run("mount", "-o", "loop", disk, pool)
+    try:
+        with ExitStack() as stack:
+            guests = {name: Guest(pool / name, PROMISED) for name in ("a", "b")}
+            daemons = {}
+            quiet = directory / "guest.toml"
+            quiet.write_text(QUIET)
+            for name, guest in guests.items():
+                (directory / name).mkdir()
+                daemon = Daemon(directory / name, "--config", str(quiet), stateful=guest.mountpoint)
+                daemons[name] = stack.enter_context(daemon)
+            host = Host(_config(pool, guests), directory / "host.log")
+            if controlled:
+                host.start()
+                stack.callback(host.end)
+                _until_told(list(daemons.values()))
+            _storm(seconds, dice, figures, pool, guests, daemons, host if controlled else None)
+        for name, guest in guests.items():
+            try:
+                guest.unmount()
+                guest.check()
+            except RuntimeError as error:
+                figures.checks.append(f"{name}: {str(error)[-100:]}")
+    finally:
+        clear(pool)
+        clear(directory)
+    return figures
+
+
+def _until_told(daemons: list[Daemon]) -> None:
+    ends = time.monotonic() + 30
+    while not all(daemon.report().pressure.host_free_bytes for daemon in daemons):
+        if time.monotonic() > ends:
+            raise RuntimeError("the controller told nobody anything")
+        time.sleep(0.2)
+
+
+def _storm(
+    seconds: float,
+    dice: random.Random,
+    figures: Figures,
+    pool: Path,
+    guests: dict[str, Guest],
+    daemons: dict[str, Daemon],
+    host: Host | None,
+) -> None:
+    until = time.monotonic() + seconds
+    writers = [Writer(guest, figures, number) for number, guest in enumerate(guests.values())]
+    threads = [_again(writer, until) for writer in writers]
+    bursts = random.Random(dice.random())
+    threads.append(_again(lambda _: _burst(pool, bursts, figures), until))
+    kill_at = time.monotonic() + dice.uniform(2, 6)
+    while time.monotonic() < until:
+        free = _free(pool)
+        figures.least_free = min(figures.least_free, free)
+        figures.host_full += free == 0
+        if host is not None and time.monotonic() >= kill_at:
+            kill_at = time.monotonic() + dice.uniform(2, 8)
+            if dice.random() < 0.5:
+                host.end()
+                figures.kills["controller"] += 1
+                time.sleep(dice.uniform(0, 1.5))
+                host.start()
+            else:
+                daemon = daemons[dice.choice(sorted(daemons))]
+                daemon.kill()
+                figures.kills["daemon"] += 1
+                time.sleep(dice.uniform(0, 1.5))
+                daemon.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join(60)
+    for writer in writers:
+        writer.verify()
+    for guest in guests.values():
+        stats = run("btrfs", "device", "stats", guest.mountpoint)
+        figures.io_errors += sum(int(line.split()[-1]) for line in stats.splitlines())
+
+
+def main() -> int:
+    """Run it, print the figures; 1 when anybody was harmed though there was a controller."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--without", action="store_true", help="without a controller")
+    arguments = parser.parse_args()
+    with workspace() as directory:
+        figures = attack(directory, arguments.seconds, arguments.seed, controlled=not arguments.without)
+    print(f"adversary, {'no controller' if arguments.without else 'with the controller'}: {figures}")
+    return 0 if figures.unharmed or arguments.without else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
