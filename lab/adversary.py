@@ -156,10 +156,10 @@ def _burst(pool: Path, dice: random.Random, figures: Figures) -> None:
     time.sleep(dice.uniform(0.5, 3))
 
 
-def _again(work: Callable[[int], None], until: float) -> threading.Thread:
+def _again(work: Callable[[int], None], over: threading.Event) -> threading.Thread:
     def loop() -> None:
         number = 0
-        while time.monotonic() < until:
+        while not over.is_set():
             work(number)
             number += 1
 
@@ -178,8 +178,10 @@ def _config(pool: Path, guests: dict[str, Guest]) -> Path:
     return path
 
 
-def attack(directory: Path, seconds: float, seed: int, *, controlled: bool) -> Figures:
-    """One run in `directory`; its figures. Everything is cleared on the way out."""
+def attack(
+    directory: Path, seconds: float, seed: int, *, controlled: bool, enough: Callable[[Figures], bool] | None = None
+) -> Figures:
+    """One run in `directory`; its figures. Ends before `seconds` when there is `enough`. Cleared on the way out."""
     figures, dice = Figures(), random.Random(seed)
     pool, disk = directory / "pool", directory / "disk.img"
     pool.mkdir()
@@ -202,7 +204,13 @@ def attack(directory: Path, seconds: float, seed: int, *, controlled: bool) -> F
                 host.start()
                 stack.callback(host.end)
                 _until_told(list(daemons.values()))
-            _storm(seconds, dice, figures, pool, guests, daemons, host if controlled else None)
+            over = threading.Event()
+            ends = time.monotonic() + seconds
+            try:
+                storm = _Storm(dice, figures, pool, guests, daemons, host if controlled else None)
+                storm.run(lambda: time.monotonic() >= ends or (enough is not None and enough(figures)), over)
+            finally:
+                over.set()
         for name, guest in guests.items():
             try:
                 guest.unmount()
@@ -223,46 +231,53 @@ def _until_told(daemons: list[Daemon]) -> None:
         time.sleep(0.2)
 
 
-def _storm(
-    seconds: float,
-    dice: random.Random,
-    figures: Figures,
-    pool: Path,
-    guests: dict[str, Guest],
-    daemons: dict[str, Daemon],
-    host: Host | None,
-) -> None:
-    until = time.monotonic() + seconds
-    writers = [Writer(guest, figures, number) for number, guest in enumerate(guests.values())]
-    threads = [_again(writer, until) for writer in writers]
-    bursts = random.Random(dice.random())
-    threads.append(_again(lambda _: _burst(pool, bursts, figures), until))
-    kill_at = time.monotonic() + dice.uniform(2, 6)
-    while time.monotonic() < until:
-        free = _free(pool)
-        figures.least_free = min(figures.least_free, free)
-        figures.host_full += free == 0
-        if host is not None and time.monotonic() >= kill_at:
-            kill_at = time.monotonic() + dice.uniform(2, 8)
-            if dice.random() < 0.5:
-                host.end()
-                figures.kills["controller"] += 1
-                time.sleep(dice.uniform(0, 1.5))
-                host.start()
-            else:
-                daemon = daemons[dice.choice(sorted(daemons))]
-                daemon.kill()
-                figures.kills["daemon"] += 1
-                time.sleep(dice.uniform(0, 1.5))
-                daemon.start()
-        time.sleep(0.01)
-    for thread in threads:
-        thread.join(60)
-    for writer in writers:
-        writer.verify()
-    for guest in guests.values():
-        stats = run("btrfs", "device", "stats", guest.mountpoint)
-        figures.io_errors += sum(int(line.split()[-1]) for line in stats.splitlines())
+@dataclass(slots=True)
+class _Storm:
+    """Everybody at once."""
+
+    dice: random.Random
+    figures: Figures
+    pool: Path
+    guests: dict[str, Guest]
+    daemons: dict[str, Daemon]
+    host: Host | None
+
+    def run(self, ends: Callable[[], bool], over: threading.Event) -> None:
+        """Until `ends`; then everything is read back."""
+        writers = [Writer(guest, self.figures, number) for number, guest in enumerate(self.guests.values())]
+        threads = [_again(writer, over) for writer in writers]
+        bursts = random.Random(self.dice.random())
+        threads.append(_again(lambda _: _burst(self.pool, bursts, self.figures), over))
+        kill_at = time.monotonic() + self.dice.uniform(2, 6)
+        while not ends():
+            free = _free(self.pool)
+            self.figures.least_free = min(self.figures.least_free, free)
+            self.figures.host_full += free == 0
+            if self.host is not None and time.monotonic() >= kill_at:
+                self._kill(self.host)
+                kill_at = time.monotonic() + self.dice.uniform(2, 8)
+            time.sleep(0.01)
+        over.set()
+        for thread in threads:
+            thread.join(60)
+        for writer in writers:
+            writer.verify()
+        for guest in self.guests.values():
+            stats = run("btrfs", "device", "stats", guest.mountpoint)
+            self.figures.io_errors += sum(int(line.split()[-1]) for line in stats.splitlines())
+
+    def _kill(self, host: Host) -> None:
+        if self.dice.random() < 0.5:
+            host.end()
+            self.figures.kills["controller"] += 1
+            time.sleep(self.dice.uniform(0, 1.5))
+            host.start()
+        else:
+            daemon = self.daemons[self.dice.choice(sorted(self.daemons))]
+            daemon.kill()
+            self.figures.kills["daemon"] += 1
+            time.sleep(self.dice.uniform(0, 1.5))
+            daemon.start()
 
 
 def main() -> int:

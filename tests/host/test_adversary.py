@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from lab.adversary import Figures, attack
@@ -10,16 +12,18 @@ from lab.loop import workspace
 pytestmark = [pytest.mark.btrfs, pytest.mark.timeout(600)]
 
 
-def _attacked(seconds: float, seed: int, *, controlled: bool) -> Figures:
+def _attacked(seconds: float, *, controlled: bool, enough: Callable[[Figures], bool]) -> Figures:
     with workspace() as directory:
-        figures = attack(directory, seconds, seed, controlled=controlled)
+        figures = attack(directory, seconds, 1, controlled=controlled, enough=enough)
     print(figures)  # noqa: T201  # the figures are what one runs it for
     return figures
 
 
-@pytest.mark.parametrize("seconds", [20, pytest.param(180, marks=pytest.mark.slow)])
-def test_with_the_controller_nobody_is_harmed(seconds: float) -> None:
-    figures = _attacked(seconds, 1, controlled=True)
+@pytest.mark.parametrize(("seconds", "kills"), [(90, 3), pytest.param(240, 1000, marks=pytest.mark.slow)])
+def test_with_the_controller_nobody_is_harmed(seconds: float, kills: int) -> None:
+    figures = _attacked(
+        seconds, controlled=True, enough=lambda seen: sum(seen.kills.values()) >= kills and seen.enospc >= 3
+    )
     assert figures.unharmed, figures
     assert figures.enospc, "the guests wanted more than there was"
     assert figures.whole
@@ -27,6 +31,6 @@ def test_with_the_controller_nobody_is_harmed(seconds: float) -> None:
 
 
 def test_without_it_writes_that_were_accepted_are_lost() -> None:
-    figures = _attacked(15, 1, controlled=False)
+    figures = _attacked(90, controlled=False, enough=lambda seen: seen.io_errors >= 3)
     assert figures.io_errors
     assert figures.host_full
