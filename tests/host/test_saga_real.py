@@ -21,7 +21,7 @@ from storaged.host import superblock
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_host_v1_pb2_grpc
 from storaged.units import GIB, MIB
-from tests.btrfs.support import hashes
+from tests.btrfs.support import hashes, until
 
 pytestmark = pytest.mark.btrfs
 SMALL, MIDDLE, LARGE = 1 * GIB, 3 * GIB // 2, 2 * GIB
@@ -45,6 +45,25 @@ class Bench:
     def config(self) -> Path:
         return self.directory / "host.toml"
 
+    def configure(self) -> None:
+        """Write the host's settings."""
+        self.config.write_text(f"""
+[serve]
+listen = ["unix:{self.directory}/host.sock"]
+[resize]
+state_dir = "{self.directory}/state"
+poll_s = 0.02
+patience_s = 15
+[sharing]
+reserve_least = "16MiB"
+base = "64MiB"
+[pool.p]
+path = "{self.directory}"
+[guest.g]
+address = "unix:{self.directory}/g/storaged.sock"
+image = "{self.guest.image}"
+""")
+
     def sizes(self) -> tuple[int, int]:
         """Image and filesystem, as they are on the disk; the one thing that must always hold is checked."""
         image, filesystem = os.stat(self.guest.image).st_size, superblock.read(str(self.guest.image)).size
@@ -56,25 +75,11 @@ class Bench:
 def bench() -> Iterator[Bench]:
     with workspace() as directory:
         guest = Guest(directory / "g", SMALL)
-        (directory / "host.toml").write_text(f"""
-[serve]
-listen = ["unix:{directory}/host.sock"]
-[resize]
-state_dir = "{directory}/state"
-poll_s = 0.02
-patience_s = 15
-[sharing]
-reserve_least = "16MiB"
-base = "64MiB"
-[pool.p]
-path = "{directory}"
-[guest.g]
-address = "unix:{directory}/g/storaged.sock"
-image = "{guest.image}"
-""")
         with Daemon(directory / "g", stateful=guest.mountpoint) as daemon:
             fill(guest.mountpoint / "data", 200 * MIB)
-            yield Bench(directory, guest, daemon)
+            bench = Bench(directory, guest, daemon)
+            bench.configure()
+            yield bench
         guest.close()
 
 
@@ -214,6 +219,35 @@ def test_a_guests_agent_that_dies_at_work_costs_nothing(bench: Bench) -> None:
     finally:
         host.close()
     assert hashes(bench.guest.mountpoint) == content
+
+
+def test_a_balloon_makes_way_on_a_host_that_is_nearly_full(pool: Path) -> None:
+    guest = Guest(pool / "g", 6 * GIB)
+    try:
+        with Daemon(pool / "g", stateful=guest.mountpoint) as daemon:
+            bench = Bench(pool, guest, daemon)
+            bench.configure()
+            fill(guest.mountpoint / "data", 300 * MIB)
+            content = hashes(guest.mountpoint)
+            host = Host(bench)
+            try:
+                host.resizable()
+                until(lambda: daemon.report().balloon.size_bytes > 2 * GIB)
+                before = daemon.available()
+                ended = host.ends(host.resize(2 * GIB).id)
+                assert ended.state == pb.RESIZE_DONE, ended
+                assert bench.sizes() == (2 * GIB, 2 * GIB)
+                assert daemon.available() <= before + 64 * MIB, "no room that the host has not"
+                ended = host.ends(host.resize(8 * GIB).id)
+                assert ended.state == pb.RESIZE_DONE, ended
+                assert bench.sizes() == (8 * GIB, 8 * GIB)
+                until(lambda: daemon.report().balloon.size_bytes > 4 * GIB)
+                assert daemon.available() <= before + 64 * MIB
+            finally:
+                host.close()
+            assert hashes(guest.mountpoint) == content
+    finally:
+        guest.close()
 
 
 @pytest.mark.timeout(600)

@@ -405,6 +405,45 @@ async def test_a_kernel_that_never_sees_its_disk_gets_the_old_one_back(tmp_path:
     assert bench.told == [LARGE, SMALL], "what it may take is told in time, and taken back"
 
 
+@BOTH
+async def test_a_guest_that_knows_maitred_alone(tmp_path: Path, start: int, to: int) -> None:
+    bench = Bench(tmp_path, start)
+
+    class Plain(Guest):
+        async def fresh_report(self) -> None:
+            return None
+
+        async def cancel_resize(self) -> None:
+            raise Refused("what answers does not know this call", Kind.UNSUPPORTED)
+
+    bench.guest = Plain(bench)
+    async with running(bench):
+        saga = await bench.ends((await bench.resizes.begin("g", to)).id)
+        assert saga.outcome is Outcome.DONE
+        assert bench.sizes() == (to, to)
+        back = await bench.resizes.begin("g", start)
+        await bench.resizes.cancel(back.id)
+        ended = await bench.ends(back.id)
+    assert ended.outcome is Outcome.CANCELLED
+    assert bench.sizes() == (to, to)
+
+
+async def test_a_guest_that_somebody_else_resizes_is_left_alone(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, LARGE)
+    bench.guest.target, bench.guest.left = 3 * GIB, 1000
+    async with running(bench):
+        with pytest.raises(StoragedError, match="somebody else") as busy:
+            await bench.resizes.begin("g", SMALL)
+        assert busy.value.kind is Kind.BUSY
+        bench.guest.left = 0
+        begun = await bench.resizes.begin("g", SMALL)
+        bench.guest.target, bench.guest.left = 3 * GIB, 1000
+        ended = await bench.ends(begun.id)
+    assert ended.outcome is Outcome.FAILED
+    assert "somebody else" in ended.reason
+    assert bench.sizes()[0] == LARGE
+
+
 async def test_only_so_many_are_remembered(tmp_path: Path) -> None:
     bench = Bench(tmp_path, SMALL)
     bench.settings = replace(bench.settings, keep=2)
