@@ -117,8 +117,10 @@ class Resizes:
         self._beginning.add(guest)
         try:
             await backend.check()
-            await self._agree(guest, to, (await asyncio.to_thread(known, path))[1] or 0)
-            job = Job(Saga(f"{guest}-{uuid.uuid4().hex[:12]}", guest, to, time.time()))
+            image, filesystem = await asyncio.to_thread(known, path)
+            await self._agree(guest, to, filesystem or 0)
+            saga = Saga(f"{guest}-{uuid.uuid4().hex[:12]}", guest, to, time.time(), filesystem or 0, image or 0)
+            job = Job(saga)
             self._jobs[job.saga.id] = job
             self._forget()
             try:

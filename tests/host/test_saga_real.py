@@ -145,7 +145,9 @@ def test_there_and_back(bench: Bench) -> None:
     try:
         host.resizable()
         cost = bench.guest.host_bytes()
-        grown = host.ends(host.resize(LARGE).id)
+        begun = host.resize(LARGE)
+        assert (begun.from_bytes, begun.to_bytes) == (SMALL, LARGE)
+        grown = host.ends(begun.id)
         assert (grown.state, grown.from_bytes, grown.progress) == (pb.RESIZE_DONE, SMALL, 1.0), grown
         assert bench.sizes() == (LARGE, LARGE)
         assert bench.guest.host_bytes() < cost + 64 * MIB, "the image stays sparse"
