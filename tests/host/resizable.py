@@ -90,6 +90,15 @@ class Bench:
             await asyncio.sleep(0)
         return answer
 
+    async def moves(self) -> None:
+        """Until the image or the filesystem has another size than now."""
+        before = self.sizes()
+        async with asyncio.timeout(20):
+            while True:
+                if self.sizes() != before:
+                    return
+                await asyncio.sleep(0)
+
     async def ends(self, wanted: str) -> Saga:
         async with asyncio.timeout(20):
             while True:

@@ -163,6 +163,34 @@ async def test_an_end_at_every_call_is_taken_up_again(tmp_path: Path, start: int
     assert resumed >= 4
 
 
+@BOTH
+async def test_an_end_at_every_call_of_a_cancel_is_taken_up_again(tmp_path: Path, start: int, to: int) -> None:
+    """Cancelled while the guest is at work (or its image just made larger); then ended at every call that follows."""
+    resumed = 0
+    for at in itertools.count():
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        bench = Bench(directory, start)
+        async with running(bench) as task:
+            begun = await bench.resizes.begin("g", to)
+            await bench.moves()
+            bench.before = lambda _, task=task: task.cancel()  # type: ignore[misc]
+            bench.at = bench.calls + at
+            await bench.resizes.cancel(begun.id)
+            ends = asyncio.create_task(bench.ends(begun.id))
+            await asyncio.wait({task, ends}, return_when=asyncio.FIRST_COMPLETED)
+            ends.cancel()
+        if bench.calls <= bench.at:
+            break
+        bench.new()
+        async with running(bench):
+            ended = await bench.ends(begun.id)
+        resumed += ended.resumed
+        assert ended.outcome is Outcome.CANCELLED, ended
+        assert bench.sizes() == (start, start)
+    assert resumed >= 3
+
+
 async def test_a_disk_that_takes_no_journal_stops_it_before_its_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
