@@ -11,6 +11,8 @@ sys.path.insert(0, str(ROOT))
 from storaged.core.machine import BALLOON_AFTER, ON_ENTER  # noqa: E402  # the path comes first
 from storaged.core.model import Config  # noqa: E402
 from storaged.core.pressure import LEVEL_AFTER, Zone  # noqa: E402
+from storaged.host.saga import PATH, WORK  # noqa: E402
+from storaged.host.saga_model import Direction, Saga, Stage  # noqa: E402
 from storaged.resize.job import TRANSITIONS  # noqa: E402
 from storaged.units import format_size  # noqa: E402
 
@@ -66,6 +68,17 @@ def balloon() -> list[str]:
     return [*lines, *(f"| {signal.value} | {state.name} |" for signal, state in row.items())]
 
 
+def saga() -> list[str]:
+    """The ways of a resize from end to end, and the work of each stage."""
+    some = Saga("", "", 0, 0.0)
+    lines = ["| direction | stages in this order, and the work of each |", "|---|---|"]
+    for direction in (Direction.GROW, Direction.SHRINK):
+        stages = [stage for stage in PATH[direction] if (direction, stage) in WORK] + [Stage.RESTORING]
+        works = [f"{stage.value}: {type(WORK[direction, stage](some)).__name__}" for stage in stages]
+        lines.append(f"| {direction.value} | {' · '.join(works[:-1])} · (on the way out) {works[-1]} |")
+    return lines
+
+
 def page() -> str:
     """The whole page."""
     parts = [
@@ -82,6 +95,9 @@ def page() -> str:
         "\n".join(balloon()),
         "## A resize job (`storaged/resize/job.py`)",
         "\n".join(job()),
+        "## A resize from end to end (`storaged/host/saga.py`)",
+        "Both begin with asking for all sizes. See [resize.md](resize.md).",
+        "\n".join(saga()),
     ]
     return "\n\n".join(parts) + "\n"
 

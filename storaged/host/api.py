@@ -7,7 +7,8 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -17,6 +18,7 @@ from storaged.host import encode
 from storaged.host.controller import Controller
 from storaged.host.history import History, Point
 from storaged.host.model import State, books
+from storaged.host.watch import logical
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_host_v1_pb2_grpc
 
@@ -24,7 +26,6 @@ Context = Any
 LEAST_INTERVAL_S, MOST_INTERVAL_S = 0.2, 3600.0
 BEAT_S = 1.0
 """Numbers that move all the time (free space, rates, ages) are told this often though nothing has happened."""
-TOTAL_S = 10.0
 
 
 class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
@@ -34,11 +35,12 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         self._controllers = controllers
         self._histories = {controller.pool.name: History() for controller in controllers}
         self._totals: dict[str, int] = {}
+        self._logical: dict[str, int] = {}
         self._asking: asyncio.Task[None] | None = None
         self._sequence = 0
         self._watchers: set[asyncio.Event] = set()
         for controller in controllers:
-            controller.observe(self._changed)
+            controller.observe(partial(self._seen, controller))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Have `server` serve it."""
@@ -46,17 +48,12 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
 
     async def run(self) -> None:
         """Until cancelled."""
-        asked_at = -math.inf
         while True:
-            if time.monotonic() - asked_at >= TOTAL_S and (self._asking is None or self._asking.done()):
-                asked_at = time.monotonic()
-                # Its own task: a pool that hangs holds up nothing but its own total.
-                self._asking = asyncio.create_task(self._ask_totals())
+            if self._asking is None or self._asking.done():
+                # Its own task: a pool that hangs holds up nothing but these numbers.
+                self._asking = asyncio.create_task(self._ask())
             for controller in self._controllers:
-                state = controller.state
-                if state.pool.at is not None and not controller.unread:
-                    self._histories[controller.pool.name].add(_point(state))
-            self._changed(None)
+                self._seen(controller, controller.state)
             await asyncio.sleep(BEAT_S)
 
     # --- methods
@@ -67,7 +64,7 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         context: Context,  # noqa: ARG002  # as all methods
     ) -> pb.ListGuestsResponse:
         wanted = [self._controller(request.pool)] if request.pool else self._controllers
-        return pb.ListGuestsResponse(guests=_guests(wanted))
+        return pb.ListGuestsResponse(guests=self._guests(wanted))
 
     async def GetPool(  # noqa: N802  # as above
         self,
@@ -121,7 +118,9 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
 
     # --- what they are made of
 
-    def _changed(self, _state: State | None) -> None:
+    def _seen(self, controller: Controller, state: State) -> None:
+        if state.pool.at is not None and not controller.unread:
+            self._histories[controller.pool.name].add(_point(state))
         for news in self._watchers:
             news.set()
 
@@ -154,23 +153,34 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
             time=encode.timestamp(time.time()),
             version=encode.VERSION,
             pools=[self._pool(controller, history=history) for controller in self._controllers],
-            guests=_guests(self._controllers),
+            guests=self._guests(self._controllers),
             resizes=[encode.resize(saga) for saga in resizes],
         )
 
-    async def _ask_totals(self) -> None:
-        for controller in self._controllers:
-            with contextlib.suppress(OSError):
-                stats = await asyncio.to_thread(os.statvfs, controller.pool.path)
-                self._totals[controller.pool.name] = stats.f_blocks * stats.f_frsize
+    def _guests(self, controllers: Sequence[Controller]) -> list[pb.Guest]:
+        now = time.monotonic()
+        found = [
+            encode.guest(member, controller, now, self._logical.get(member.config.image))
+            for controller in controllers
+            for member in controller.members.values()
+        ]
+        return sorted(found, key=lambda guest: guest.name)
+
+    async def _ask(self) -> None:
+        """What only the disk knows."""
+        pools = {controller.pool.name: controller.pool.path for controller in self._controllers}
+        images = {member.config.image for controller in self._controllers for member in controller.members.values()}
+        totals, self._logical = await asyncio.to_thread(_look, pools, images)
+        self._totals |= totals
 
 
-def _guests(controllers: Sequence[Controller]) -> list[pb.Guest]:
-    now = time.monotonic()
-    found = [
-        encode.guest(member, controller, now) for controller in controllers for member in controller.members.values()
-    ]
-    return sorted(found, key=lambda guest: guest.name)
+def _look(pools: Mapping[str, str], images: Collection[str]) -> tuple[dict[str, int], dict[str, int]]:
+    totals = {}
+    for name, path in pools.items():
+        with contextlib.suppress(OSError):
+            stats = os.statvfs(path)
+            totals[name] = stats.f_blocks * stats.f_frsize
+    return totals, {image: logical(image) for image in images}
 
 
 def _point(state: State) -> Point:

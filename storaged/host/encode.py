@@ -13,7 +13,6 @@ from storaged.host.history import Point
 from storaged.host.levels import Level
 from storaged.host.model import Presence, books, established
 from storaged.host.saga_model import Outcome, Saga, Stage
-from storaged.host.watch import logical
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 
 VERSION = __version__
@@ -88,8 +87,8 @@ def pool(controller: Controller, total: int | None, points: Sequence[Point]) -> 
     return answer
 
 
-def guest(member: Member, controller: Controller, now: float) -> pb.Guest:
-    """A guest, with what it last reported."""
+def guest(member: Member, controller: Controller, now: float, logical: int | None) -> pb.Guest:
+    """A guest, with what it last reported; `logical`: its image's length, as seen lately."""
     config, believed = member.config, controller.state.guests.get(member.config.name)
     answer = pb.Guest(
         name=config.name,
@@ -97,7 +96,7 @@ def guest(member: Member, controller: Controller, now: float) -> pb.Guest:
         state=pb.GUEST_CONFIGURED,
         address=str(config.address),
         image=config.image,
-        logical_bytes=logical(config.image),
+        logical_bytes=logical or (believed.size if believed is not None else 0),
         weight=config.weight,
         resizable=member.running,
         not_resizable_reason="" if member.running else "it does not run",

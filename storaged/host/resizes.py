@@ -117,8 +117,10 @@ class Resizes:
         self._beginning.add(guest)
         try:
             await backend.check()
-            await self._agree(guest, to, (await asyncio.to_thread(known, path))[1] or 0)
-            job = Job(Saga(f"{guest}-{uuid.uuid4().hex[:12]}", guest, to, time.time()))
+            image, filesystem = await asyncio.to_thread(known, path)
+            await self._agree(guest, to, filesystem or 0)
+            saga = Saga(f"{guest}-{uuid.uuid4().hex[:12]}", guest, to, time.time(), filesystem or 0, image or 0)
+            job = Job(saga)
             self._jobs[job.saga.id] = job
             self._forget()
             try:
@@ -170,11 +172,11 @@ class Resizes:
     def _start(self, job: Job, result: sagas.Result) -> None:
         if self._ended:
             return  # it is written down: the next daemon takes it up
-        job.task = asyncio.create_task(self._drive(job, result), name=f"resize {job.saga.id}")
+        job.saga, effects = result  # now: a cancel may come before the task begins
+        job.task = asyncio.create_task(self._drive(job, effects), name=f"resize {job.saga.id}")
 
-    async def _drive(self, job: Job, result: sagas.Result) -> None:
+    async def _drive(self, job: Job, effects: tuple[sm.Effect, ...]) -> None:
         while True:
-            job.saga, effects = result
             if not job.saga.active:
                 job.saga = replace(job.saga, ended=time.time())
                 self._say(job.saga)
@@ -187,7 +189,7 @@ class Resizes:
             self._world.changed()
             if not job.saga.active or event is None:
                 return
-            result = sagas.step(job.saga, event)
+            job.saga, effects = sagas.step(job.saga, event)
 
     async def _saved(self, job: Job) -> sm.Event | None:
         """None once it is on the disk; else nothing that follows may begin."""

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab.daemon import Daemon
-from lab.loop import Guest, fill, run, workspace
+from lab.loop import Guest, fill, run
 from storaged.units import GIB, MIB
 
 RESERVE = 512 * MIB
-
-
-@pytest.fixture
-def pool() -> Iterator[Path]:
-    """An ext4 of 3 GiB, mounted."""
-    with workspace() as directory:
-        disk, mountpoint = directory / "disk.img", directory / "pool"
-        mountpoint.mkdir()
-        with disk.open("wb") as file:
-            file.truncate(3 * GIB)
-        run("mkfs.ext4", "-q", "-m", "0", disk)
-        device = run("losetup", "--show", "-f", "--direct-io=off", disk)
-        try:
-            run("mount", device, mountpoint)
-            yield mountpoint
-        finally:
-            _unmount(mountpoint)
-            run("losetup", "-d", device)
-
-
-def _unmount(mountpoint: Path) -> None:
-    """The kernel lets go of the images on it a moment after their loop devices are taken away."""
-    for _ in range(50):
-        with contextlib.suppress(RuntimeError):
-            run("umount", mountpoint)
-            return
-        time.sleep(0.1)
-    run("umount", mountpoint)
 
 
 def _free(path: Path) -> int:

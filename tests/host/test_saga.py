@@ -80,6 +80,15 @@ def test_what_a_guest_says_is_not_enough_for_a_cut() -> None:
     assert "the image has 4 B (4 bytes), the filesystem 3 B (3 bytes)" in saga.reason
 
 
+def test_a_cut_that_fails_leaves_the_smaller_filesystem_for_the_next_try() -> None:
+    saga, effects = walk(
+        new(2), sm.Surveyed(4, 4), sm.GuestEnded(2), sm.Verified(4, 2), sm.Failed("the machine refuses", 4, 2)
+    )
+    assert saga.outcome is Outcome.FAILED
+    assert works(effects)[-1] == sm.CutImage(2)
+    assert saga.reason.endswith("the image has 4 B (4 bytes), the filesystem 2 B (2 bytes)")
+
+
 def test_nothing_is_taken_from_a_guest_that_may_be_at_work() -> None:
     saga, effects = walk(
         new(4), sm.Surveyed(2, 2), sm.ImageIs(4), sm.CapacitySeen(), sm.Failed("it does not answer", 4, 2)
@@ -170,7 +179,7 @@ class World(RuleBasedStateMachine):
         self.saga, self.effects = begun(new(to))
         self.work: sm.Effect | None = None
         self.begun_at = (self.image, self.filesystem)
-        self.steps = 0
+        self.unheard = False
         self._settle()
 
     def _settle(self) -> None:
@@ -208,6 +217,7 @@ class World(RuleBasedStateMachine):
                 self.image = max(self.image, size)
                 self._feed(sm.ImageIs(self.image))
             case sm.CutImage(size):
+                assert size >= self.filesystem or self.unheard, "never even asked for"
                 event = sm.ImageIs(self.image) if self._cut(size) else self._failure("the filesystem is larger")
                 self._feed(replace(event, size=self.image) if isinstance(event, sm.ImageIs) else event)
             case sm.AwaitCapacity(size):
@@ -262,6 +272,7 @@ class World(RuleBasedStateMachine):
     def the_guest_goes_on_unheard(self) -> None:
         """Also long after the saga has ended: a kernel grows a filesystem to what its device has, never beyond."""
         assert self.job is not None
+        self.unheard = True
         if self.job <= self.filesystem or self.job <= self.image:
             self.filesystem = self.job
         else:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -80,6 +81,13 @@ def test_crc32c_is_castagnolis() -> None:
     assert superblock.crc32c(b"123456789") == 0xE3069283
 
 
+def open_at(path: Path, at: int) -> BinaryIO:
+    """The file, at that byte."""
+    file = path.open("r+b", buffering=0)
+    file.seek(at)
+    return file
+
+
 # --- every backend --------------------------------------------------------------------------------------------
 
 
@@ -94,8 +102,12 @@ async def obeys(backend: ImageBackend, path: Path) -> None:
     assert os.stat(path).st_blocks <= cost + 64, "a hole"
     assert await backend.filesystem_size() == SIZE
     assert await backend.shrink(2 * SIZE) == 2 * SIZE
+    with open_at(path, SIZE - 1) as file:
+        file.write(b"x")
     with pytest.raises(WouldCut, match=str(SIZE)):
         await backend.shrink(SIZE - 4096)
+    with open_at(path, SIZE - 1) as file:
+        assert file.read(1) == b"x", "not even for a moment"
     assert os.stat(path).st_size == await backend.size() == 2 * SIZE, "nothing was cut"
     assert await backend.shrink(SIZE) == await backend.shrink(2 * SIZE) == SIZE
 

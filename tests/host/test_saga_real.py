@@ -21,9 +21,10 @@ from storaged.host import superblock
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_host_v1_pb2_grpc
 from storaged.units import GIB, MIB
+from tests.btrfs.support import hashes, until
 
 pytestmark = pytest.mark.btrfs
-SMALL, LARGE = 1 * GIB, 2 * GIB
+SMALL, MIDDLE, LARGE = 1 * GIB, 3 * GIB // 2, 2 * GIB
 KILLED = "tests.host.killed"
 ENDED = {pb.RESIZE_DONE, pb.RESIZE_FAILED, pb.RESIZE_CANCELLED}
 
@@ -44,6 +45,25 @@ class Bench:
     def config(self) -> Path:
         return self.directory / "host.toml"
 
+    def configure(self) -> None:
+        """Write the host's settings."""
+        self.config.write_text(f"""
+[serve]
+listen = ["unix:{self.directory}/host.sock"]
+[resize]
+state_dir = "{self.directory}/state"
+poll_s = 0.02
+patience_s = 15
+[sharing]
+reserve_least = "16MiB"
+base = "64MiB"
+[pool.p]
+path = "{self.directory}"
+[guest.g]
+address = "unix:{self.directory}/g/storaged.sock"
+image = "{self.guest.image}"
+""")
+
     def sizes(self) -> tuple[int, int]:
         """Image and filesystem, as they are on the disk; the one thing that must always hold is checked."""
         image, filesystem = os.stat(self.guest.image).st_size, superblock.read(str(self.guest.image)).size
@@ -55,25 +75,11 @@ class Bench:
 def bench() -> Iterator[Bench]:
     with workspace() as directory:
         guest = Guest(directory / "g", SMALL)
-        (directory / "host.toml").write_text(f"""
-[serve]
-listen = ["unix:{directory}/host.sock"]
-[resize]
-state_dir = "{directory}/state"
-poll_s = 0.02
-patience_s = 15
-[sharing]
-reserve_least = "16MiB"
-base = "64MiB"
-[pool.p]
-path = "{directory}"
-[guest.g]
-address = "unix:{directory}/g/storaged.sock"
-image = "{guest.image}"
-""")
         with Daemon(directory / "g", stateful=guest.mountpoint) as daemon:
             fill(guest.mountpoint / "data", 200 * MIB)
-            yield Bench(directory, guest, daemon)
+            bench = Bench(directory, guest, daemon)
+            bench.configure()
+            yield bench
         guest.close()
 
 
@@ -139,7 +145,9 @@ def test_there_and_back(bench: Bench) -> None:
     try:
         host.resizable()
         cost = bench.guest.host_bytes()
-        grown = host.ends(host.resize(LARGE).id)
+        begun = host.resize(LARGE)
+        assert (begun.from_bytes, begun.to_bytes) == (SMALL, LARGE)
+        grown = host.ends(begun.id)
         assert (grown.state, grown.from_bytes, grown.progress) == (pb.RESIZE_DONE, SMALL, 1.0), grown
         assert bench.sizes() == (LARGE, LARGE)
         assert bench.guest.host_bytes() < cost + 64 * MIB, "the image stays sparse"
@@ -156,6 +164,92 @@ def test_there_and_back(bench: Bench) -> None:
         assert pool.total_bytes >= pool.free_bytes
     finally:
         host.close()
+
+
+def _high(bench: Bench) -> None:
+    """Bring the guest to `LARGE` with data at its far end, which a shrink has to move."""
+    _bring(bench, LARGE)
+    fill(bench.guest.mountpoint / "near", 1000 * MIB)
+    fill(bench.guest.mountpoint / "far", 500 * MIB)
+    (bench.guest.mountpoint / "near").unlink()
+    os.sync()
+
+
+def test_a_cancel_takes_it_all_back(bench: Bench) -> None:
+    _high(bench)
+    content = hashes(bench.guest.mountpoint)
+    host = Host(bench)
+    try:
+        host.resizable()
+        wanted = host.resize(MIDDLE).id
+        told = host.stub.CancelResize(pb.CancelResizeRequest(guest="g"), timeout=20).resize
+        assert (told.id, told.state) == (wanted, pb.RESIZE_CANCELLING)
+        ended = host.ends(wanted)
+        assert ended.state == pb.RESIZE_CANCELLED, ended
+        assert (ended.image_bytes, ended.filesystem_bytes) == bench.sizes() == (LARGE, LARGE)
+        with pytest.raises(grpc.RpcError) as late:
+            host.stub.CancelResize(pb.CancelResizeRequest(id=wanted), timeout=20)
+        assert late.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    finally:
+        host.close()
+    assert hashes(bench.guest.mountpoint) == content
+
+
+def test_a_guests_agent_that_dies_at_work_costs_nothing(bench: Bench) -> None:
+    _high(bench)
+    content = hashes(bench.guest.mountpoint)
+    host = Host(bench)
+    try:
+        host.resizable()
+        wanted = host.resize(MIDDLE).id
+        ends = time.monotonic() + 20
+        while not bench.daemon.status().resize_in_progress:
+            assert time.monotonic() < ends
+        bench.daemon.kill()
+        bench.sizes()
+        bench.daemon.start()
+        ended = host.ends(wanted)
+        image, filesystem = bench.sizes()
+        if ended.state == pb.RESIZE_DONE:  # the kernel had gone on without the agent
+            assert (image, filesystem) == (MIDDLE, MIDDLE)
+        else:
+            assert ended.state == pb.RESIZE_FAILED
+            assert image == LARGE, "never cut while it is not known"
+            assert (ended.image_bytes, ended.filesystem_bytes) == (image, filesystem)
+        assert host.ends(host.resize(MIDDLE).id).state == pb.RESIZE_DONE
+        assert bench.sizes() == (MIDDLE, MIDDLE)
+    finally:
+        host.close()
+    assert hashes(bench.guest.mountpoint) == content
+
+
+def test_a_balloon_makes_way_on_a_host_that_is_nearly_full(pool: Path) -> None:
+    guest = Guest(pool / "g", 6 * GIB)
+    try:
+        with Daemon(pool / "g", stateful=guest.mountpoint) as daemon:
+            bench = Bench(pool, guest, daemon)
+            bench.configure()
+            fill(guest.mountpoint / "data", 300 * MIB)
+            content = hashes(guest.mountpoint)
+            host = Host(bench)
+            try:
+                host.resizable()
+                until(lambda: daemon.report().balloon.size_bytes > 2 * GIB)
+                before = daemon.available()
+                ended = host.ends(host.resize(2 * GIB).id)
+                assert ended.state == pb.RESIZE_DONE, ended
+                assert bench.sizes() == (2 * GIB, 2 * GIB)
+                assert daemon.available() <= before + 64 * MIB, "no room that the host has not"
+                ended = host.ends(host.resize(8 * GIB).id)
+                assert ended.state == pb.RESIZE_DONE, ended
+                assert bench.sizes() == (8 * GIB, 8 * GIB)
+                until(lambda: daemon.report().balloon.size_bytes > 4 * GIB)
+                assert daemon.available() <= before + 64 * MIB
+            finally:
+                host.close()
+            assert hashes(guest.mountpoint) == content
+    finally:
+        guest.close()
 
 
 @pytest.mark.timeout(600)

@@ -3,202 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import os
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
 from storaged.errors import InvalidRequest, Kind, StoragedError
-from storaged.host import superblock
-from storaged.host.guests import Lost, Refused, ResizeStatus
-from storaged.host.images import ImageBackend, ImageError, RawImage
+from storaged.host.guests import Lost, Refused
+from storaged.host.images import ImageError
 from storaged.host.journal import Journal
-from storaged.host.resizes import Resizes, World
 from storaged.host.saga_model import Outcome, Saga, Stage
-from storaged.host.settings import Resizing
-from storaged.rpc.proto import storaged_v1_pb2
 from storaged.units import GIB
-
-SMALL, LARGE = 2 * GIB, 4 * GIB
-_T = TypeVar("_T")
-
-
-def write_superblock(path: Path, size: int) -> None:
-    """As a btrfs commits its size."""
-    block = bytearray(superblock.LENGTH)
-    struct.pack_into("<QQ8s", block, 0x30, superblock.AT, 0, superblock.MAGIC)
-    struct.pack_into("<Q", block, 0x70, size)
-    struct.pack_into("<Q", block, 0x88, 1)
-    struct.pack_into("<Q", block, 0xD1, size)
-    struct.pack_into("<I", block, 0, superblock.crc32c(bytes(block[32:])))
-    with path.open("r+b") as file:
-        file.seek(superblock.AT)
-        file.write(block)
-
-
-class Bench:
-    """An image, a guest in it, and what happens at the n-th call that anybody makes of either."""
-
-    def __init__(self, directory: Path, size: int) -> None:
-        self.path = directory / "g.img"
-        with self.path.open("wb") as file:
-            file.truncate(size)
-        write_superblock(self.path, size)
-        self.settings = Resizing(state_dir=str(directory / "state"), patience_s=0.2, capacity_s=0.2, poll_s=0.002)
-        self.told: list[int] = []
-        self.calls = 0
-        self.at = -1
-        self.before: Callable[[str], object] = lambda _: None
-        self.after: Callable[[str], object] = lambda _: None
-        self.guest = Guest(self)
-        self.backend = Image(self)
-        self.runs = True
-        self.resizes = self.new()
-
-    def new(self) -> Resizes:
-        world = World(self._image, lambda _: self.guest if self.runs else None, self._sized, lambda: None)
-        self.resizes = Resizes("p", self.settings, world)
-        return self.resizes
-
-    def _image(self, name: str) -> tuple[str, ImageBackend]:
-        if name != "g":
-            raise StoragedError("no such guest", Kind.NOT_FOUND)
-        return str(self.path), self.backend
-
-    def _sized(self, _: str, size: int) -> None:
-        self.told.append(size)
-
-    def sizes(self) -> tuple[int, int]:
-        image, filesystem = self.path.stat().st_size, superblock.read(str(self.path)).size
-        assert image >= filesystem
-        return image, filesystem
-
-    async def call(self, what: str, work: Callable[[], Awaitable[_T]]) -> _T:
-        """Every call passes here."""
-        self.sizes()
-        mine = self.calls
-        self.calls += 1
-        if mine == self.at:
-            await asyncio.sleep(0)
-            self.before(what)
-            await asyncio.sleep(0)
-        answer = await work()
-        self.sizes()
-        if mine == self.at:
-            self.after(what)
-            await asyncio.sleep(0)
-        return answer
-
-    async def ends(self, wanted: str) -> Saga:
-        async with asyncio.timeout(20):
-            while True:
-                saga = next(each for each in self.resizes.snapshot if each.id == wanted)
-                if not saga.active:
-                    return saga
-                await asyncio.sleep(0.002)
-
-
-class Guest:
-    """An agent whose filesystem takes a few questions to be resized."""
-
-    report: storaged_v1_pb2.Report | None = None
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self.target = 0
-        self.left = 0
-        self.stopped = False
-        self.least = GIB
-        self.blind = False
-
-    def _size(self) -> int:
-        return superblock.read(str(self._bench.path)).size
-
-    async def resize_status(self) -> ResizeStatus:
-        return await self._bench.call("status", self._status)
-
-    async def _status(self) -> ResizeStatus:
-        if self.left:
-            self.left -= 1
-            size = self._size()
-            if not self.left:
-                size = self.target
-            elif self.target < size:
-                size -= (size - self.target) // 8 * 4096 // 4096
-            if size <= self._bench.path.stat().st_size:
-                write_superblock(self._bench.path, size)
-        return ResizeStatus(bool(self.left), self._size(), self.target)
-
-    async def resize(self, size: int) -> bool:
-        async def work() -> bool:
-            if self.left:
-                return False
-            self.target, self.left, self.stopped = size, 4, False
-            return True
-
-        return await self._bench.call("resize", work)
-
-    async def cancel_resize(self) -> None:
-        async def work() -> None:
-            if not self.left:
-                raise Refused("no job is active")
-            self.left, self.stopped = 0, True
-
-        await self._bench.call("cancel", work)
-
-    async def minimum(self) -> int:
-        async def work() -> int:
-            return self.least
-
-        return await self._bench.call("minimum", work)
-
-    async def fresh_report(self) -> storaged_v1_pb2.Report | None:
-        async def work() -> storaged_v1_pb2.Report:
-            report = storaged_v1_pb2.Report()
-            report.filesystem.device_bytes = 1 if self.blind else self._bench.path.stat().st_size
-            report.job.requested_size = self.target
-            report.job.reason = "cancelled" if self.stopped else "no room"
-            return report
-
-        return await self._bench.call("report", work)
-
-
-class Image(RawImage):
-    """A file that nobody shows."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(str(bench.path))
-        self._bench = bench
-
-    async def grow(self, size: int) -> int:
-        return await self._bench.call("grow", lambda: super(Image, self).grow(size))
-
-    async def shrink(self, size: int) -> int:
-        return await self._bench.call("shrink", lambda: super(Image, self).shrink(size))
-
-    async def filesystem_size(self) -> int:
-        return await self._bench.call("filesystem_size", super().filesystem_size)
-
-    async def _set(self, size: int) -> None:
-        os.truncate(self.path, size)
-
-
-@contextlib.asynccontextmanager
-async def running(bench: Bench) -> AsyncIterator[asyncio.Task[None]]:
-    task = asyncio.create_task(bench.resizes.run())
-    await asyncio.sleep(0)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
+from tests.host.resizable import LARGE, SMALL, Bench, Guest, running
 
 BOTH = pytest.mark.parametrize(("start", "to"), [(SMALL, LARGE), (LARGE, SMALL)], ids=["grow", "shrink"])
 
@@ -344,6 +163,34 @@ async def test_an_end_at_every_call_is_taken_up_again(tmp_path: Path, start: int
     assert resumed >= 4
 
 
+@BOTH
+async def test_an_end_at_every_call_of_a_cancel_is_taken_up_again(tmp_path: Path, start: int, to: int) -> None:
+    """Cancelled while the guest is at work (or its image just made larger); then ended at every call that follows."""
+    resumed = 0
+    for at in itertools.count():
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        bench = Bench(directory, start)
+        async with running(bench) as task:
+            begun = await bench.resizes.begin("g", to)
+            await bench.moves()
+            bench.before = lambda _, task=task: task.cancel()  # type: ignore[misc]
+            bench.at = bench.calls + at
+            await bench.resizes.cancel(begun.id)
+            ends = asyncio.create_task(bench.ends(begun.id))
+            await asyncio.wait({task, ends}, return_when=asyncio.FIRST_COMPLETED)
+            ends.cancel()
+        if bench.calls <= bench.at:
+            break
+        bench.new()
+        async with running(bench):
+            ended = await bench.ends(begun.id)
+        resumed += ended.resumed
+        assert ended.outcome is Outcome.CANCELLED, ended
+        assert bench.sizes() == (start, start)
+    assert resumed >= 3
+
+
 async def test_a_disk_that_takes_no_journal_stops_it_before_its_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,6 +250,45 @@ async def test_a_kernel_that_never_sees_its_disk_gets_the_old_one_back(tmp_path:
     assert "does not see its larger disk" in saga.reason
     assert bench.sizes() == (SMALL, SMALL)
     assert bench.told == [LARGE, SMALL], "what it may take is told in time, and taken back"
+
+
+@BOTH
+async def test_a_guest_that_knows_maitred_alone(tmp_path: Path, start: int, to: int) -> None:
+    bench = Bench(tmp_path, start)
+
+    class Plain(Guest):
+        async def fresh_report(self) -> None:
+            return None
+
+        async def cancel_resize(self) -> None:
+            raise Refused("what answers does not know this call", Kind.UNSUPPORTED)
+
+    bench.guest = Plain(bench)
+    async with running(bench):
+        saga = await bench.ends((await bench.resizes.begin("g", to)).id)
+        assert saga.outcome is Outcome.DONE
+        assert bench.sizes() == (to, to)
+        back = await bench.resizes.begin("g", start)
+        await bench.resizes.cancel(back.id)
+        ended = await bench.ends(back.id)
+    assert ended.outcome is Outcome.CANCELLED
+    assert bench.sizes() == (to, to)
+
+
+async def test_a_guest_that_somebody_else_resizes_is_left_alone(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, LARGE)
+    bench.guest.target, bench.guest.left = 3 * GIB, 1000
+    async with running(bench):
+        with pytest.raises(StoragedError, match="somebody else") as busy:
+            await bench.resizes.begin("g", SMALL)
+        assert busy.value.kind is Kind.BUSY
+        bench.guest.left = 0
+        begun = await bench.resizes.begin("g", SMALL)
+        bench.guest.target, bench.guest.left = 3 * GIB, 1000
+        ended = await bench.ends(begun.id)
+    assert ended.outcome is Outcome.FAILED
+    assert "somebody else" in ended.reason
+    assert bench.sizes()[0] == LARGE
 
 
 async def test_only_so_many_are_remembered(tmp_path: Path) -> None:
