@@ -2,6 +2,7 @@
 
 [serve]            listen = ["tcp:127.0.0.1:7777"]
 [sharing]          low = "4GiB"
+[console]          listen = "tcp:127.0.0.1:8800"
 [pool.vms]         path = "/var/lib/vms"
 [guest.web]        address = "unix:/run/web.sock", image = "/var/lib/vms/web.img", weight = 2.0
 """
@@ -17,6 +18,8 @@ from typing import Any
 
 from storaged.addresses import Address, VsockAddress, parse_address
 from storaged.errors import ConfigError, InvalidRequest
+from storaged.host.console import settings as console
+from storaged.host.console.settings import ConsoleSettings
 from storaged.host.settings import Sharing
 from storaged.units import parse_size
 
@@ -92,6 +95,7 @@ class HostConfig:
     sharing: Sharing = field(default_factory=Sharing)
     tls: Tls = field(default_factory=Tls)
     discovery: Discovery | None = None
+    console: ConsoleSettings = field(default_factory=ConsoleSettings)
 
 
 def load(path: str) -> HostConfig:
@@ -108,7 +112,7 @@ def load(path: str) -> HostConfig:
 
 def parse(document: dict[str, Any]) -> HostConfig:
     """The settings in a document that was read. Raises ConfigError that names the key."""
-    _known("", document, ("serve", "sharing", "tls", "pool", "guest", "discovery"))
+    _known("", document, ("serve", "sharing", "tls", "pool", "guest", "discovery", "console"))
     pools = tuple(_pool(name, table) for name, table in _named("pool", document.get("pool", {})))
     if not pools:
         raise ConfigError("no pool: write [pool.NAME] with its path")
@@ -133,6 +137,7 @@ def parse(document: dict[str, Any]) -> HostConfig:
         _sharing(document.get("sharing", {})),
         Tls(**{key: _text(f"tls.{key}", value) for key, value in tls.items()}),
         _discovery(document["discovery"], pools) if "discovery" in document else None,
+        console.parse(document.get("console", {})),
     )
 
 

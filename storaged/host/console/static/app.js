@@ -81,7 +81,7 @@ function filter() {
 
 // Old numbers are said to be old, and nothing can be asked for until they are new again.
 function status() {
-  const since = said.time === null ? "" : `from ${clock(said.time)}, ${duration(Math.max(Date.now() / 1000 - said.time, 0))} ago`;
+  const since = said.time === null ? "" : `from ${clock(said.time)}`;
   const why = silentSince !== null
     ? "the console does not answer: is storaged-host running, and the network up?"
     : said.lost;
@@ -94,7 +94,8 @@ function status() {
     for (const card of pools.values()) card.element.classList.toggle("lost", Boolean(text));
   }
   status.why = why;
-  by("news").textContent = why ? "Not live" : `Live, ${known.size} guests, version ${said.version}`;
+  const age = said.time === null ? "" : `, for ${duration(Math.max(Date.now() / 1000 - said.time, 0))}`;
+  by("news").textContent = why ? `Not live${age}` : `Live, ${known.size} guests, version ${said.version}`;
   document.title = why ? "(old) storaged" : "storaged";
 }
 
