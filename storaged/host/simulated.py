@@ -80,8 +80,8 @@ def _made_up(count: int, seed: int) -> list[_Guest]:
     for number in range(count):
         name = NAMES[number % len(NAMES)] + (f"-{number // len(NAMES) + 1}" if number >= len(NAMES) else "")
         size = chance.choice((16, 24, 40, 64)) * GIB
-        low = int(size * chance.uniform(0.1, 0.3))
-        high = int(size * chance.uniform(0.4, 0.7))
+        low = int(size * chance.uniform(0.2, 0.4))
+        high = low + int(chance.uniform(1, 5) * GIB)
         used = int(chance.uniform(low, high))
         guests.append(_Guest(name, size, used, chance.choice((2, 8, 30, 60)) * MIB, low, high))
     return guests
@@ -109,7 +109,7 @@ class SimulatedHost:
     def __post_init__(self) -> None:
         self.guests = {guest.name: guest for guest in _made_up(self.count, self.seed)}
         stored = sum(guest.used for guest in self.guests.values())
-        self.total = stored + self._others + 5 * GIB + self.count * GIB // 2
+        self.total = stored + self._others + 5 * GIB + self.count * GIB
         self._begun = self.clock()
         for guest in self.guests.values():
             self._step(ev.GuestJoined(guest.name, guest.size, guest.used, self._begun))
@@ -152,9 +152,9 @@ class SimulatedHost:
         self._acks += [effect for effect in effects if isinstance(effect, ev.SetGrant)]
 
     def _write(self, guest: _Guest, over_s: float) -> None:
-        if guest.used >= guest.high:
-            guest.used = guest.low  # it deletes, and what it deletes goes back at once
-            guest.allowed = None if guest.allowed is None else guest.allowed + guest.high - guest.low
+        if guest.used >= guest.high or (guest.available < MIB and guest.used > guest.low):
+            deleted, guest.used = guest.used - guest.low, guest.low  # what it deletes goes back at once
+            guest.allowed = None if guest.allowed is None else guest.allowed + deleted
             return
         wrote = min(int(guest.rate * over_s), guest.available)
         if guest.job is not None:

@@ -126,11 +126,16 @@ export class GuestCard {
     slider.step = 1;
     slider.max = Math.max(Math.ceil(this.most / this.step) - Math.floor(this.least / this.step), 1);
     if (document.activeElement !== slider) slider.value = this.index(this.target ?? this.now);
-    this.find(".least").textContent = `${size(this.least)} at least`;
-    this.find(".most").textContent = `${size(this.most)}: all that the host has to spare`;
+    this.find(".least").textContent = `least ${size(this.least)}`;
+    this.find(".most").textContent = `room for ${size(this.most)}`;
     const easy = guest.guaranteed ?? 0;
-    this.find(".mark").textContent = (easy > this.least && easy < this.now
-      ? `Down to ${size(easy)} no data has to be moved; below that it takes time. ` : "") + (guest.minimum_why ? `${guest.minimum_why}.` : "");
+    const marked = easy > this.least && easy < this.now, tick = this.find(".tick");
+    tick.hidden = !marked;
+    // The thumb is 16 px wide, and its middle does not reach the ends.
+    const share = this.index(easy) / slider.max;
+    tick.style.left = `calc(${100 * share}% + ${8 - 16 * share - 1}px)`;
+    this.find(".mark").textContent = (marked
+      ? `Down to ${size(easy)} (the mark) no data has to be moved; below that it takes time. ` : "") + (guest.minimum_why ? `${guest.minimum_why}.` : "");
     this.effect();
   }
 

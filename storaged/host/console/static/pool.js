@@ -98,5 +98,5 @@ function promise(pool) {
     false: "What guests may still write does not fit into what is free: they are being told less. Free some space on the host.",
   }[pool.holds] ?? "Whether all guests know their limit is not known yet.";
   const soon = pool.exhausted_s !== null && pool.exhausted_s < 3600;
-  return soon ? `${said} At the present rate it is full in ${duration(pool.exhausted_s)}.` : said;
+  return soon ? `${said} Free space falls by ${size(pool.falls)}/s: at that rate it lasts ${duration(pool.exhausted_s)}.` : said;
 }
