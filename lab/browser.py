@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from playwright.sync_api import Browser, sync_playwright
 
@@ -92,7 +93,7 @@ class SimulatedHost:
             process.wait()
             raise
 
-    def __enter__(self) -> SimulatedHost:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
