@@ -190,7 +190,7 @@ def plan(guest: pb.Guest, to: int) -> list[Row]:
     if to < now:
         rows.append(Row("Returns", f"{format_size(now - to)} to the host"))
         if guest.guaranteed_bytes and to < guest.guaranteed_bytes:
-            rows.append(Row("", f"data has to be moved: that takes none down to {format_size(guest.guaranteed_bytes)}"))
+            rows.append(Row("", f"data has to be moved; down to {format_size(guest.guaranteed_bytes)} none would be"))
         rows.append(Row("Minimum", exact(guest.minimum_bytes) if guest.minimum_bytes else "not known"))
     else:
         rows.append(Row("Takes", f"up to {format_size(to - now)} more from the host, as the guest writes"))

@@ -211,7 +211,7 @@ class SimulatedHost:
     def _work(self, guest: _Guest, job: pb.Resize, over_s: float, now: float) -> None:
         if job.state == pb.RESIZE_CANCELLING:
             if now >= guest.asked_at + 2 * ASKS_S:
-                self._end(guest, job, pb.RESIZE_CANCELLED, "cancelled, and what was begun was taken back", now)
+                self._end(guest, job, pb.RESIZE_CANCELLED, "what was begun was taken back", now)
             else:
                 job.stage = pb.STAGE_RESTORING
             return

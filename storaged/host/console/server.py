@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS_MOST = 256
 STOP_WITHIN_S = 2
+BACKLOG = 128
 
 
 class _Server(uvicorn.Server):
@@ -62,6 +63,8 @@ class Console:
             elif isinstance(self.address, TcpAddress):
                 self._socket, port = _tcp(self.address)
                 self.address = TcpAddress(self.address.host, port)
+            if self._socket is not None:
+                self._socket.listen(BACKLOG)  # whoever comes before we serve waits a moment
         except OSError as error:
             raise StoragedError(
                 f"console: cannot listen on {self.address}: {error.strerror}", Kind.UNAVAILABLE
