@@ -114,8 +114,16 @@ class ToldHost:
         self.calls.append(("cancel", guest, resize))
         if self.refuses is not None:
             raise self.refuses
+        to = self.resizes[0].to_bytes if self.resizes else 20 * GIB
         self.resizes = [
-            running(guest, state=pb.RESIZE_CANCELLED, stage=pb.STAGE_ENDED, filesystem_bytes=40 * GIB, progress=0.25)
+            running(
+                guest,
+                to_bytes=to,
+                state=pb.RESIZE_CANCELLED,
+                stage=pb.STAGE_ENDED,
+                filesystem_bytes=40 * GIB,
+                progress=0.25,
+            )
         ]
         return self.resizes[0]
 

@@ -13,6 +13,15 @@ const STAGE = {
   restoring: "taking back what was begun", ended: "ended", unknown: "starting",
 };
 
+// A button that has the focus must not lose it by being disabled: it stays, says so, and does nothing.
+function enable(button, can) {
+  button.setAttribute("aria-disabled", String(!can));
+}
+
+function enabled(button) {
+  return button.getAttribute("aria-disabled") !== "true";
+}
+
 export class GuestCard {
   constructor(template, name, say) {
     this.element = template.content.firstElementChild.cloneNode(true);
@@ -22,6 +31,7 @@ export class GuestCard {
     this.lost = false;
     const title = this.find("h3");
     title.textContent = name;
+    title.tabIndex = -1; // where the focus goes when what had it is gone
     title.id = `guest-${name}`;
     this.element.setAttribute("aria-labelledby", title.id);
     this.find("summary").textContent = `Resize ${name}`;
@@ -78,6 +88,7 @@ export class GuestCard {
     const runs = job && (job.state === "running" || job.state === "cancelling");
     if (job && this.job && job.id === this.job.id && job.state !== this.job.state) this.say(outcome(job));
     this.job = job;
+    if (!runs && this.find(".job").contains(document.activeElement)) this.find("h3").focus();
     this.find(".job").hidden = !runs;
     const ended = this.find(".ended");
     ended.hidden = !job || runs;
@@ -87,7 +98,7 @@ export class GuestCard {
       const bar = this.find("progress");
       bar.value = job.progress;
       this.find(".how").textContent = how(job);
-      this.find(".cancel").disabled = this.lost || job.state === "cancelling";
+      enable(this.find(".cancel"), !this.lost && job.state !== "cancelling");
     } else {
       if (this.find(".job .problem").textContent) this.find(".job .problem").textContent = "";
       if (job) {
@@ -105,7 +116,7 @@ export class GuestCard {
   silence(lost) {
     this.lost = lost;
     this.element.classList.toggle("lost", lost);
-    this.find(".cancel").disabled = lost || this.job?.state === "cancelling";
+    enable(this.find(".cancel"), !lost && this.job?.state !== "cancelling");
     this.effect();
   }
 
@@ -120,6 +131,7 @@ export class GuestCard {
     const spare = pool && pool.free !== null ? Math.max(pool.free - pool.reserve, 0) : 0;
     if (this.target === null || this.most === undefined) this.most = Math.floor((this.now + spare) / MIB) * MIB;
     this.most = Math.max(this.most, this.now);
+    if (this.target !== null && !this.typed) this.target = Math.max(this.target, this.least); // which moves as it writes
     this.step = Math.max(2 ** Math.floor(Math.log2((this.most - this.least) / 100 || 1)), MIB);
     const slider = this.find(".slider");
     slider.min = 0;
@@ -150,6 +162,7 @@ export class GuestCard {
 
   choose(bytes) {
     this.target = bytes;
+    this.typed = false;
     this.find(".exact").value = "";
     this.find("form .problem").textContent = "";
     this.effect();
@@ -158,6 +171,7 @@ export class GuestCard {
   type(text) {
     const bytes = parse(text);
     this.target = bytes;
+    this.typed = true;
     this.find("form .problem").textContent =
       text.trim() && bytes === null ? "That is not a size: write 20G, 1.5T or 512MiB." :
       bytes !== null && bytes < this.least ? `It cannot be smaller than ${size(this.least)}.` : "";
@@ -174,14 +188,15 @@ export class GuestCard {
     this.find(".slider").setAttribute("aria-valuetext", by === 0 ? `${size(target)}, as now` : `${size(target)}, ${text}`);
     const button = this.find("form button");
     button.textContent = by === 0 ? `Choose another size for ${this.name}` : `${verb} ${this.name} to ${size(target)}`;
-    button.disabled = this.lost || by === 0 || target < this.least;
+    enable(button, !this.lost && !this.asking && by !== 0 && target >= this.least);
   }
 
   async begin() {
     const problem = this.find("form .problem");
     problem.textContent = "";
-    const button = this.find("form button");
-    button.disabled = true;
+    if (!enabled(this.find("form button"))) return;
+    this.asking = true;
+    enable(this.find("form button"), false);
     try {
       const job = await post(`/api/guests/${encodeURIComponent(this.name)}/resize`, { size: this.target });
       this.target = null;
@@ -190,20 +205,22 @@ export class GuestCard {
       this.follow(job);
     } catch (error) {
       problem.textContent = error.message;
-      this.effect();
     }
+    this.asking = false;
+    this.effect();
   }
 
   async cancel() {
     const problem = this.find(".job .problem");
     problem.textContent = "";
-    this.find(".cancel").disabled = true;
+    if (!enabled(this.find(".cancel"))) return;
+    enable(this.find(".cancel"), false);
     try {
       await post(`/api/guests/${encodeURIComponent(this.name)}/cancel`, { id: this.job?.id ?? "" });
       this.say(`Cancelling the resize of ${this.name}`);
     } catch (error) {
       problem.textContent = error.message;
-      this.find(".cancel").disabled = false;
+      enable(this.find(".cancel"), true);
     }
   }
 }
