@@ -10,6 +10,7 @@ class Kind(enum.Enum):
 
     INVALID = "invalid"  # the request can never be right
     OUT_OF_RANGE = "out of range"  # well formed, but outside what is possible now
+    NOT_FOUND = "not found"  # nothing of that name
     PRECONDITION = "precondition"  # not in this state
     BUSY = "busy"  # somebody else holds what is needed; try again
     UNAVAILABLE = "unavailable"  # the world does not answer

@@ -20,16 +20,21 @@ from storaged.addresses import Address, VsockAddress, parse_address
 from storaged.errors import ConfigError, InvalidRequest
 from storaged.host.console import settings as console
 from storaged.host.console.settings import ConsoleSettings
-from storaged.host.settings import Sharing
+from storaged.host.settings import Resizing, Sharing
 from storaged.units import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_CONTROL = re.compile(r"loop|(qmp|crosvm):/.+")
+_GUEST = ("address", "image", "pool", "weight", "size", "pid_file", "peer", "control", "disk")
 _SHARES = ("kept_share", "idle_share", "band", "band_roomy")
 
 
 @dataclass(frozen=True, slots=True)
 class GuestConfig:
-    """One guest. `size` 0: as large as its image is now. `pid_file`: of its machine; `peer`: whence VmReady comes."""
+    """One guest. `size` 0: as large as its image is now. `pid_file`: of its machine; `peer`: whence VmReady comes.
+
+    `control`: who resizes the image, `loop`, `qmp:/socket` or `crosvm:/socket`; `disk`: which one it is there.
+    """
 
     name: str
     address: Address
@@ -39,6 +44,8 @@ class GuestConfig:
     size: int = 0
     pid_file: str = ""
     peer: str = ""
+    control: str = "loop"
+    disk: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class HostConfig:
     sharing: Sharing = field(default_factory=Sharing)
     tls: Tls = field(default_factory=Tls)
     discovery: Discovery | None = None
+    resize: Resizing = field(default_factory=Resizing)
     console: ConsoleSettings = field(default_factory=ConsoleSettings)
 
 
@@ -112,7 +120,7 @@ def load(path: str) -> HostConfig:
 
 def parse(document: dict[str, Any]) -> HostConfig:
     """The settings in a document that was read. Raises ConfigError that names the key."""
-    _known("", document, ("serve", "sharing", "tls", "pool", "guest", "discovery", "console"))
+    _known("", document, ("serve", "sharing", "tls", "pool", "guest", "discovery", "resize", "console"))
     pools = tuple(_pool(name, table) for name, table in _named("pool", document.get("pool", {})))
     if not pools:
         raise ConfigError("no pool: write [pool.NAME] with its path")
@@ -137,6 +145,7 @@ def parse(document: dict[str, Any]) -> HostConfig:
         _sharing(document.get("sharing", {})),
         Tls(**{key: _text(f"tls.{key}", value) for key, value in tls.items()}),
         _discovery(document["discovery"], pools) if "discovery" in document else None,
+        _resize(document.get("resize", {})),
         console.parse(document.get("console", {})),
     )
 
@@ -213,7 +222,7 @@ def _discovery(table: Any, pools: tuple[PoolConfig, ...]) -> Discovery:
 
 def _guest(name: str, table: Any, pools: tuple[PoolConfig, ...]) -> GuestConfig:
     where = f"guest.{name}"
-    table = _table(where, table, ("address", "image", "pool", "weight", "size", "pid_file", "peer"))
+    table = _table(where, table, _GUEST)
     weight = table.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.01 <= weight <= 100:
         raise ConfigError(f"{where}.weight = {weight!r}: a number between 0.01 and 100 is accepted")
@@ -226,7 +235,32 @@ def _guest(name: str, table: Any, pools: tuple[PoolConfig, ...]) -> GuestConfig:
         _size(f"{where}.size", table["size"]) if "size" in table else 0,
         _path(f"{where}.pid_file", table["pid_file"]) if "pid_file" in table else "",
         _text(f"{where}.peer", table["peer"]) if "peer" in table else "",
+        *_control(where, table),
     )
+
+
+def _control(where: str, table: dict[str, Any]) -> tuple[str, str]:
+    control = _text(f"{where}.control", table.get("control", "loop"))
+    if not _CONTROL.fullmatch(control):
+        raise ConfigError(f"{where}.control = {control!r}: loop, qmp:/socket or crosvm:/socket is accepted")
+    disk = _text(f"{where}.disk", table["disk"]) if "disk" in table else ""
+    if control.startswith("crosvm:") and disk and not (disk.isascii() and disk.isdigit() and len(disk) < 4):
+        raise ConfigError(f"{where}.disk = {disk!r}: crosvm counts its disks, from 0")
+    return control, disk
+
+
+def _resize(table: Any) -> Resizing:
+    values = dict(_table("resize", table, tuple(item.name for item in fields(Resizing))))
+    for key, value in values.items():
+        where = f"resize.{key}"
+        if key == "state_dir":
+            values[key] = _path(where, value)
+        elif key == "keep":
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000:
+                raise ConfigError(f"{where} = {value!r}: between 0 and 1000 is accepted")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0.01 <= value <= 86400:
+            raise ConfigError(f"{where} = {value!r}: between 0.01 and 86400 is accepted")
+    return Resizing(**values)
 
 
 def _size(key: str, value: Any) -> int:

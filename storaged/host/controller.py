@@ -17,13 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from storaged.errors import Kind, StoragedError
 from storaged.host import events as ev
 from storaged.host.config import GuestConfig, PoolConfig
+from storaged.host.guest_work import Agent
 from storaged.host.guests import NotTold
+from storaged.host.images import ImageBackend, make_backend
 from storaged.host.levels import Level, zone
 from storaged.host.machines import Machine
 from storaged.host.model import State
-from storaged.host.settings import Sharing
+from storaged.host.resizes import Resizes, World
+from storaged.host.saga_model import Saga
+from storaged.host.settings import Resizing, Sharing
 from storaged.host.shares import next_wakeup, step
 from storaged.host.watch import PoolError, Watcher, allocated, logical
 
@@ -36,8 +41,11 @@ WAKE_S = 0.05
 """When the next thing is due is looked up this often at most: it takes a walk over all guests."""
 
 
-class Client(Protocol):
+class Client(Agent, Protocol):
     """A guest's agent; see `guests.GuestClient`."""
+
+    reported_at: float | None
+    plain: bool
 
     async def set_available(self, size: int, level: Level, within_s: float) -> None: ...
     async def watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None: ...
@@ -49,8 +57,8 @@ Observer = Callable[[State], None]
 
 
 @dataclass(slots=True)
-class _Member:
-    """A guest as the controller holds it. `grant`: the call under way."""
+class Member:
+    """A guest as the controller holds it. `grant`: the call under way. Others may look, and change nothing."""
 
     config: GuestConfig
     machine: Machine
@@ -64,20 +72,29 @@ class Controller:
     """Shares one pool among its guests, from `run` until that is cancelled."""
 
     def __init__(
-        self, pool: PoolConfig, guests: Sequence[GuestConfig], sharing: Sharing, watcher: Watcher, connect: Connect
+        self,
+        pool: PoolConfig,
+        guests: Sequence[GuestConfig],
+        sharing: Sharing,
+        watcher: Watcher,
+        connect: Connect,
+        resizing: Resizing | None = None,
     ) -> None:
         self.pool = pool
         self.state = State(sharing)
         self._watcher = watcher
         self._connect = connect
-        self._members = {guest.name: _Member(guest, Machine(guest.pid_file)) for guest in guests}
+        self.members = {guest.name: Member(guest, Machine(guest.pid_file)) for guest in guests}
         self._events: deque[ev.Event] = deque()
         self._news = asyncio.Event()
         self._observers: list[Observer] = []
         self._poll_at = self._wake_at = self._machines_at = self._rest_until = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"pool-{pool.name}")
-        self._unread = False
+        self.unread = ""
+        """Why the pool cannot be read; empty when it can."""
         self._closing: set[asyncio.Task[None]] = set()
+        world = World(self._image, self._agent, self._sized, self._changed)
+        self._resizes = Resizes(pool.name, resizing or Resizing(), world)
 
     def observe(self, observer: Observer) -> None:
         """Have `observer` called after every change that others may want to see."""
@@ -89,16 +106,17 @@ class Controller:
         self._news.set()
 
     def check(self) -> None:
-        """Raises PoolError when the pool cannot be read at all."""
+        """Raises StoragedError when the pool, or the journal of its resizes, cannot be read at all."""
         self._watcher.glance()
+        self._resizes.load()
 
     def add(self, guest: GuestConfig) -> None:
         """Another guest; its machine is looked for within a second."""
-        self._members.setdefault(guest.name, _Member(guest, Machine(guest.pid_file)))
+        self.members.setdefault(guest.name, Member(guest, Machine(guest.pid_file)))
 
     def ready(self, guest: str) -> None:
         """The guest's agent has just started: whatever held its balloon before may be gone."""
-        member = self._members[guest]
+        member = self.members[guest]
         if not member.running:
             self._joined(member)
             return
@@ -106,8 +124,51 @@ class Controller:
             member.grant.cancel()
         self.tell(ev.GuestRestarted(guest, time.monotonic()))
 
+    # --- resizes
+
+    @property
+    def resizes(self) -> tuple[Saga, ...]:
+        """Running ones, then the last that ended, newest first."""
+        return self._resizes.snapshot
+
+    async def resize(self, name: str, size: int) -> Saga:
+        """Begin to bring a guest's image and filesystem to `size`; it survives a crash. Raises StoragedError."""
+        return await self._resizes.begin(name, size)
+
+    async def cancel_resize(self, wanted: str, guest: str = "") -> Saga:
+        """Ask the resize of this id, or that of the guest, to stop. Raises StoragedError."""
+        return await self._resizes.cancel(wanted, guest)
+
+    def _image(self, name: str) -> tuple[str, ImageBackend]:
+        member = self.members.get(name)
+        if member is None:
+            raise StoragedError(f"no guest is called {name!r}", Kind.NOT_FOUND)
+        config = member.config
+        return config.image, make_backend(config.control, config.image, config.disk)
+
+    def _agent(self, name: str) -> Agent | None:
+        member = self.members.get(name)
+        return member.client if member is not None and member.running else None
+
+    def _sized(self, name: str, size: int) -> None:
+        """The most that a guest's image can take is another; counted before anything that is told later."""
+        self._step(ev.GuestChanged(name, time.monotonic(), size=size))
+        self._news.set()
+
+    def _changed(self) -> None:
+        for observer in self._observers:
+            observer(self.state)
+
     async def run(self) -> None:
-        """Until cancelled. Guests keep what they were granted last."""
+        """Until cancelled. Guests keep what they were granted last. Raises StoragedError when it cannot begin."""
+        async with asyncio.TaskGroup() as group:
+            resizes = group.create_task(self._resizes.run(), name=f"resizes {self.pool.name}")
+            try:
+                await self._share()
+            finally:
+                resizes.cancel()
+
+    async def _share(self) -> None:
         stop = threading.Event()
         glances = threading.Thread(
             target=self._glances, args=(asyncio.get_running_loop(), stop), name=f"glance-{self.pool.name}", daemon=True
@@ -144,7 +205,7 @@ class Controller:
             stop.set()  # not joined: it may hang with the pool
             if looking is not None:
                 looking.cancel()
-            for member in self._members.values():
+            for member in self.members.values():
                 await self._parted(member)
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -156,7 +217,7 @@ class Controller:
         for effect in effects:
             match effect:
                 case ev.SetGrant():
-                    member = self._members[effect.guest]
+                    member = self.members[effect.guest]
                     member.grant = asyncio.create_task(self._grant(member, effect))
                 case ev.Poll(interval_s):
                     self._poll_at = min(self._poll_at, time.monotonic() + interval_s)
@@ -165,8 +226,7 @@ class Controller:
                 case ev.Publish():
                     publish = True
         if publish:
-            for observer in self._observers:
-                observer(self.state)
+            self._changed()
 
     def _wake(self, now: float) -> None:
         wakes = next_wakeup(self.state)
@@ -175,7 +235,7 @@ class Controller:
             wakes = next_wakeup(self.state)
         self._wake_at = max(now + WAKE_S, wakes if wakes is not None else now + self.state.settings.answer_s)
 
-    async def _grant(self, member: _Member, grant: ev.SetGrant) -> None:
+    async def _grant(self, member: Member, grant: ev.SetGrant) -> None:
         client, name = member.client, grant.guest
         if client is None:
             self.tell(ev.GrantFailed(name, grant.seq, "its machine has ended", time.monotonic(), certain=True))
@@ -193,21 +253,21 @@ class Controller:
     # --- the pool
 
     async def _look(self) -> None:
-        images = {name: member.config.image for name, member in self._members.items() if member.running}
+        images = {name: member.config.image for name, member in self.members.items() if member.running}
         loop, begun = asyncio.get_running_loop(), time.monotonic()
         try:
             sampled = await loop.run_in_executor(self._thread, self._watcher.take, images)
         except PoolError as error:
             # Nothing is known, so nothing is told: guests keep what they have.
-            if not self._unread:
+            if not self.unread:
                 log.warning("%s", error.message)
-            self._unread = True
+            self.unread = error.message
             self._poll_at = time.monotonic() + self.state.settings.poll_most_s
             self._news.set()
             return
-        if self._unread:
+        if self.unread:
             log.info("pool %s can be read again", self.pool.name)
-        self._unread = False
+        self.unread = ""
         self._step(sampled)
         # With very many guests a look takes its time: never more than a fifth of all, unless it is urgent.
         ended = time.monotonic()
@@ -237,14 +297,14 @@ class Controller:
     # --- machines
 
     def _machines(self) -> None:
-        for member in self._members.values():
+        for member in self.members.values():
             runs = member.machine.runs()
             if runs and not member.running:
                 self._joined(member)
             elif not runs and member.running:
                 self._left(member)
 
-    def _joined(self, member: _Member) -> None:
+    def _joined(self, member: Member) -> None:
         config = member.config
         image = allocated(config.image)
         if image is None:
@@ -252,24 +312,20 @@ class Controller:
         member.running = True
         member.client = self._connect(config)
         member.watch = asyncio.create_task(self._watch(member, member.client))
-        size = max(config.size or logical(config.image), image)
+        size = max(config.size, logical(config.image), image, self._resizes.size_of(config.name))
         self.tell(ev.GuestJoined(config.name, size, image, time.monotonic(), config.weight))
 
-    def _left(self, member: _Member) -> None:
+    def _left(self, member: Member) -> None:
         member.running = False
         self._dropped(member)
         self.tell(ev.GuestLeft(member.config.name, time.monotonic()))
 
-    async def _watch(self, member: _Member, client: Client) -> None:
+    async def _watch(self, member: Member, client: Client) -> None:
         name = member.config.name
 
-        def changed() -> None:
-            for observer in self._observers:
-                observer(self.state)
+        await client.watch(self._changed, lambda: self.tell(ev.GuestSilent(name, time.monotonic())))
 
-        await client.watch(changed, lambda: self.tell(ev.GuestSilent(name, time.monotonic())))
-
-    def _dropped(self, member: _Member) -> None:
+    def _dropped(self, member: Member) -> None:
         """Forget what belongs to a machine that has ended, without waiting for it."""
         for task in (member.grant, member.watch):
             if task is not None:
@@ -280,7 +336,7 @@ class Controller:
             closing.add_done_callback(self._closing.discard)
         member.client = member.grant = member.watch = None
 
-    async def _parted(self, member: _Member) -> None:
+    async def _parted(self, member: Member) -> None:
         for task in (member.grant, member.watch):
             if task is not None:
                 task.cancel()

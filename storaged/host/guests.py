@@ -9,7 +9,10 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 # gRPC would write its own view of every refused connection to stderr.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -21,14 +24,17 @@ from storaged.addresses import Address, TcpAddress, UnixAddress
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
 from storaged.host.levels import Level
-from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
+from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.units import GIB
 
 log = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
 
 HELD_BACK = GIB
 """What a guest subtracts by itself from the number that it is told."""
 WATCH_INTERVAL_S = 1.0
+ANSWER_S, WORK_S = 20.0, 600.0
+"""For a plain answer, and for the end of a job that was cancelled: its last step takes its time."""
 AGAIN_FIRST_S, AGAIN_MOST_S = 1.0, 30.0
 _NEVER_SENT = ("failed to connect to all addresses", "connections to all backends failing")
 _STATE = {
@@ -55,12 +61,38 @@ class NotTold(StoragedError):
         self.certain = certain
 
 
+class Lost(StoragedError):
+    """Nobody answered: what the guest did with the call, and whether it saw it, is not known."""
+
+    kind = Kind.UNAVAILABLE
+
+
+class Refused(StoragedError):
+    """The guest answered that it does not do it."""
+
+    kind = Kind.PRECONDITION
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeStatus:
+    """What GetResizeStatus says."""
+
+    running: bool
+    current: int
+    target: int
+
+
 class GuestClient:
-    """The agent of the guest `name`. `report` is the newest that a storaged told; None for any other agent."""
+    """The agent of the guest `name`. `report` is the newest that a storaged told; None for any other agent.
+
+    `reported_at`: when it came, monotonic seconds; it stays when the report is dropped because nobody answers.
+    """
 
     def __init__(self, name: str, address: Address, tls: Tls | None = None) -> None:
         self.name = name
         self.report: storaged_v1_pb2.Report | None = None
+        self.reported_at: float | None = None
+        self.plain = False  # known to be no storaged
         self._channel = _channel(address, tls)
         self._maitred = vm_guest_pb2_grpc.MaitredStub(self._channel)
         self._storage = storaged_v1_pb2_grpc.StorageStub(self._channel)
@@ -82,12 +114,13 @@ class GuestClient:
             try:
                 request = storaged_v1_pb2.WatchRequest(min_interval_s=WATCH_INTERVAL_S)
                 async for report in self._storage.Watch(request):
-                    self.report = report
+                    self.report, self.reported_at = report, time.monotonic()
                     wait_s = AGAIN_FIRST_S
                     changed()
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     log.info("%s is no storaged: it is told by UpdateStorageBalloon alone", self.name)
+                    self.plain = True
                     return
             if self.report is not None:
                 self.report = None
@@ -95,10 +128,71 @@ class GuestClient:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, AGAIN_MOST_S)
 
+    async def resize_status(self) -> ResizeStatus:
+        """Where the guest's own resize is. Raises Lost, Refused, as all that follows."""
+        answer = await _asked(self._maitred.GetResizeStatus(common_pb2.EmptyMessage(), timeout=ANSWER_S))
+        return ResizeStatus(answer.resize_in_progress, answer.current_size, answer.target_size)
+
+    async def resize(self, size: int) -> bool:
+        """Begin to resize the guest's filesystem; False when a resize is under way already."""
+        request = vm_guest_pb2.ResizeFilesystemRequest(size=size)
+        answer = await _asked(self._maitred.ResizeFilesystem(request, timeout=ANSWER_S))
+        if answer.status == vm_guest_pb2.ResizeFilesystemResponse.FAILED:
+            raise Refused("the guest does not resize its filesystem, and does not say why")
+        return answer.status == vm_guest_pb2.ResizeFilesystemResponse.STARTED
+
+    async def cancel_resize(self) -> None:
+        """Have the guest stop its resize; it has stopped when this returns."""
+        await _asked(self._storage.CancelResize(storaged_v1_pb2.CancelResizeRequest(), timeout=WORK_S))
+
+    async def minimum(self) -> int:
+        """How small the guest's filesystem can get; 0 when it does not know."""
+        return (await _asked(self._maitred.GetResizeBounds(common_pb2.EmptyMessage(), timeout=ANSWER_S))).minimum_size
+
+    async def fresh_report(self) -> storaged_v1_pb2.Report | None:
+        """What a storaged reports now; None from any other agent."""
+        if self.plain:
+            return None
+        try:
+            return await _asked(self._storage.GetReport(storaged_v1_pb2.GetReportRequest(), timeout=ANSWER_S))
+        except Refused as refused:
+            if refused.kind is Kind.UNSUPPORTED:
+                return None
+            raise
+
     async def close(self) -> None:
         """End all calls."""
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close()
+
+
+_LOST = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+}
+_KINDS = {
+    grpc.StatusCode.UNIMPLEMENTED: Kind.UNSUPPORTED,
+    grpc.StatusCode.INVALID_ARGUMENT: Kind.INVALID,
+    grpc.StatusCode.OUT_OF_RANGE: Kind.OUT_OF_RANGE,
+    grpc.StatusCode.ABORTED: Kind.BUSY,
+}
+
+
+async def _asked(call: Awaitable[_Answer]) -> _Answer:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        details = (error.details() or "")[:500]
+        if error.code() in _LOST:
+            raise Lost(f"the guest does not answer ({error.code().name})") from None
+        raise Refused(f"the guest refuses: {details or error.code().name}", _KINDS.get(error.code())) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Lost("the guest's machine has ended") from None  # the channel was closed under the call
 
 
 def _not_told(error: grpc.aio.AioRpcError) -> NotTold:

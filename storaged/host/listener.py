@@ -1,7 +1,8 @@
-"""Where guests announce themselves: `vm_tools.StartupListener`."""
+"""Where guests announce themselves, `vm_tools.StartupListener`, and on unix sockets the host's own service."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -17,6 +18,7 @@ import grpc.aio
 from storaged.addresses import Address, TcpAddress, UnixAddress
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
+from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.proto import common_pb2, vm_host_pb2, vm_host_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -57,14 +59,12 @@ class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
 
 
 class Listener:
-    """Serves guests' announcements on any number of addresses."""
+    """Serves guests' announcements on any number of addresses, and on unix sockets alone what `local` adds."""
 
-    def __init__(self, ready: Ready, tls: Tls) -> None:
-        self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=256,
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1 << 16)],
-        )
-        vm_host_pb2_grpc.add_StartupListenerServicer_to_server(_Listener(ready), self._server)
+    def __init__(self, ready: Ready, tls: Tls, local: Callable[[grpc.aio.Server], None] | None = None) -> None:
+        self._server, self._local = _server(ready), _server(ready)
+        if local is not None:
+            local(self._local)
         self._tls = tls
         self._sockets: list[str] = []
 
@@ -72,6 +72,7 @@ class Listener:
         """Serve; the addresses with the ports chosen for port 0. Raises StoragedError."""
         bound = [self._bind(address) for address in addresses]
         await self._server.start()
+        await self._local.start()
         return bound
 
     def _bind(self, address: Address) -> Address:
@@ -80,7 +81,7 @@ class Listener:
                 _clear(address.path)
                 mask = os.umask(0o177)  # ours alone from the moment it exists
                 try:
-                    self._server.add_insecure_port(str(address))
+                    self._local.add_insecure_port(str(address))
                 finally:
                     os.umask(mask)
                 self._sockets.append(address.path)
@@ -98,10 +99,20 @@ class Listener:
 
     async def stop(self) -> None:
         """Take no more calls."""
-        await self._server.stop(0.5)
+        await asyncio.gather(self._server.stop(0.5), self._local.stop(0.5))
         for path in self._sockets:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def _server(ready: Ready) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        interceptors=[StatusInterceptor()],
+        maximum_concurrent_rpcs=256,
+        options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1 << 16)],
+    )
+    vm_host_pb2_grpc.add_StartupListenerServicer_to_server(_Listener(ready), server)
+    return server
 
 
 def _clear(path: str) -> None:

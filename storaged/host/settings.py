@@ -1,4 +1,4 @@
-"""What an administrator may choose about sharing."""
+"""What an administrator may choose about sharing and resizing."""
 
 from __future__ import annotations
 
@@ -39,3 +39,20 @@ class Sharing:
     retry_most_s: float = field(default=30.0, metadata={"help": "Longest time between two tries, in seconds."})
     worst_half_s: float = field(default=600.0, metadata={"help": "Seconds in which half of a worst case is forgotten."})
     overrun: int = field(default=64 * MIB, metadata={"help": "Bytes over its grant that a guest is forgiven."})
+
+
+@dataclass(frozen=True, slots=True)
+class Resizing:
+    """How resizes are run: the table [resize]."""
+
+    state_dir: str = field(
+        default="/var/lib/storaged-host", metadata={"help": "Directory in which running resizes are written down."}
+    )
+    patience_s: float = field(
+        default=120.0, metadata={"help": "Seconds a guest may be silent before its resize fails."}
+    )
+    capacity_s: float = field(
+        default=60.0, metadata={"help": "Seconds a guest's kernel may take to see its larger disk."}
+    )
+    poll_s: float = field(default=0.2, metadata={"help": "Seconds between two questions to a guest at work."})
+    keep: int = field(default=20, metadata={"help": "Number of ended resizes that are remembered."})

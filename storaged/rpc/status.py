@@ -9,6 +9,7 @@ from storaged.errors import Kind
 CODES: dict[Kind, grpc.StatusCode] = {
     Kind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     Kind.OUT_OF_RANGE: grpc.StatusCode.OUT_OF_RANGE,
+    Kind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Kind.PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
     Kind.BUSY: grpc.StatusCode.ABORTED,
     Kind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,

@@ -1,0 +1,179 @@
+"""`storaged.host.v1.Host`: what the host knows, and its resizes, for the command line and the console."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc.aio
+
+from storaged.errors import InvalidRequest, Kind, StoragedError
+from storaged.host import encode
+from storaged.host.controller import Controller
+from storaged.host.history import History, Point
+from storaged.host.model import State, books
+from storaged.rpc.proto import storaged_host_v1_pb2 as pb
+from storaged.rpc.proto import storaged_host_v1_pb2_grpc
+
+Context = Any
+LEAST_INTERVAL_S, MOST_INTERVAL_S = 0.2, 3600.0
+BEAT_S = 1.0
+"""Numbers that move all the time (free space, rates, ages) are told this often though nothing has happened."""
+TOTAL_S = 10.0
+
+
+class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
+    """Serves all pools of one host. `run` keeps the history."""
+
+    def __init__(self, controllers: Sequence[Controller]) -> None:
+        self._controllers = controllers
+        self._histories = {controller.pool.name: History() for controller in controllers}
+        self._totals: dict[str, int] = {}
+        self._asking: asyncio.Task[None] | None = None
+        self._sequence = 0
+        self._watchers: set[asyncio.Event] = set()
+        for controller in controllers:
+            controller.observe(self._changed)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Have `server` serve it."""
+        storaged_host_v1_pb2_grpc.add_HostServicer_to_server(self, server)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        asked_at = -math.inf
+        while True:
+            if time.monotonic() - asked_at >= TOTAL_S and (self._asking is None or self._asking.done()):
+                asked_at = time.monotonic()
+                # Its own task: a pool that hangs holds up nothing but its own total.
+                self._asking = asyncio.create_task(self._ask_totals())
+            for controller in self._controllers:
+                state = controller.state
+                if state.pool.at is not None and not controller.unread:
+                    self._histories[controller.pool.name].add(_point(state))
+            self._changed(None)
+            await asyncio.sleep(BEAT_S)
+
+    # --- methods
+
+    async def ListGuests(  # noqa: N802  # named as in the contract
+        self,
+        request: pb.ListGuestsRequest,
+        context: Context,  # noqa: ARG002  # as all methods
+    ) -> pb.ListGuestsResponse:
+        wanted = [self._controller(request.pool)] if request.pool else self._controllers
+        return pb.ListGuestsResponse(guests=_guests(wanted))
+
+    async def GetPool(  # noqa: N802  # as above
+        self,
+        request: pb.GetPoolRequest,
+        context: Context,  # noqa: ARG002  # as above
+    ) -> pb.Pool:
+        return self._pool(self._controller(request.name))
+
+    async def Resize(  # noqa: N802  # as above
+        self,
+        request: pb.ResizeRequest,
+        context: Context,  # noqa: ARG002  # as above
+    ) -> pb.ResizeResponse:
+        saga = await self._of(request.guest).resize(request.guest, request.size_bytes)
+        return pb.ResizeResponse(resize=encode.resize(saga))
+
+    async def CancelResize(  # noqa: N802  # as above
+        self,
+        request: pb.CancelResizeRequest,
+        context: Context,  # noqa: ARG002  # as above
+    ) -> pb.CancelResizeResponse:
+        if not request.id and not request.guest:
+            raise InvalidRequest("id and guest are empty: one of them is needed")
+        for controller in self._controllers:
+            if any(saga.id == request.id or saga.guest == request.guest for saga in controller.resizes):
+                saga = await controller.cancel_resize(request.id, request.guest)
+                return pb.CancelResizeResponse(resize=encode.resize(saga))
+        what = request.id or f"of {request.guest}"
+        raise StoragedError(f"there is no resize {what}", Kind.NOT_FOUND)
+
+    async def Watch(  # noqa: N802  # as above
+        self,
+        request: pb.WatchRequest,
+        context: Context,  # noqa: ARG002  # as above
+    ) -> AsyncIterator[pb.Report]:
+        interval = request.min_interval_s
+        if not (math.isfinite(interval) and 0 <= interval <= MOST_INTERVAL_S):
+            raise InvalidRequest(f"min_interval_s {interval} is not between 0 and {MOST_INTERVAL_S:g}")
+        news = asyncio.Event()
+        self._watchers.add(news)
+        history = True
+        try:
+            while True:
+                news.clear()
+                yield self._report(history=history)
+                history = not request.history_once
+                await asyncio.sleep(max(interval, LEAST_INTERVAL_S))
+                await news.wait()
+        finally:
+            self._watchers.discard(news)
+
+    # --- what they are made of
+
+    def _changed(self, _state: State | None) -> None:
+        for news in self._watchers:
+            news.set()
+
+    def _controller(self, name: str) -> Controller:
+        if not name and len(self._controllers) > 1:
+            known = ", ".join(controller.pool.name for controller in self._controllers)
+            raise InvalidRequest(f"name is empty, and there are several pools: {known}")
+        for controller in self._controllers:
+            if name in {"", controller.pool.name}:
+                return controller
+        raise StoragedError(f"no pool is called {name!r}", Kind.NOT_FOUND)
+
+    def _of(self, guest: str) -> Controller:
+        for controller in self._controllers:
+            if guest in controller.members:
+                return controller
+        raise StoragedError(f"no guest is called {guest!r}", Kind.NOT_FOUND)
+
+    def _pool(self, controller: Controller, *, history: bool = True) -> pb.Pool:
+        name = controller.pool.name
+        points = self._histories[name].points() if history else []
+        return encode.pool(controller, self._totals.get(name), points)
+
+    def _report(self, *, history: bool) -> pb.Report:
+        self._sequence += 1
+        resizes = [saga for controller in self._controllers for saga in controller.resizes]
+        resizes.sort(key=lambda saga: (not saga.active, -(saga.ended or saga.started)))
+        return pb.Report(
+            sequence=self._sequence,
+            time=encode.timestamp(time.time()),
+            version=encode.VERSION,
+            pools=[self._pool(controller, history=history) for controller in self._controllers],
+            guests=_guests(self._controllers),
+            resizes=[encode.resize(saga) for saga in resizes],
+        )
+
+    async def _ask_totals(self) -> None:
+        for controller in self._controllers:
+            with contextlib.suppress(OSError):
+                stats = await asyncio.to_thread(os.statvfs, controller.pool.path)
+                self._totals[controller.pool.name] = stats.f_blocks * stats.f_frsize
+
+
+def _guests(controllers: Sequence[Controller]) -> list[pb.Guest]:
+    now = time.monotonic()
+    found = [
+        encode.guest(member, controller, now) for controller in controllers for member in controller.members.values()
+    ]
+    return sorted(found, key=lambda guest: guest.name)
+
+
+def _point(state: State) -> Point:
+    account = books(state)
+    promised = account.promised + account.unbound
+    return Point(time.time(), account.free, account.reserve, promised, state.pool.pressure.level)

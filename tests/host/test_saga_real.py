@@ -1,0 +1,215 @@
+"""`storaged-host` killed with -9 at every step of a resize, on a btrfs behind a loop device with a real storaged."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from lab.daemon import Daemon
+from lab.loop import Guest, fill, workspace
+from storaged.host import superblock
+from storaged.rpc.proto import storaged_host_v1_pb2 as pb
+from storaged.rpc.proto import storaged_host_v1_pb2_grpc
+from storaged.units import GIB, MIB
+
+pytestmark = pytest.mark.btrfs
+SMALL, LARGE = 1 * GIB, 2 * GIB
+KILLED = "tests.host.killed"
+ENDED = {pb.RESIZE_DONE, pb.RESIZE_FAILED, pb.RESIZE_CANCELLED}
+
+
+@dataclass
+class Bench:
+    """A guest with its daemon, and what starts a host beside it."""
+
+    directory: Path
+    guest: Guest
+    daemon: Daemon
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / "host.sock"
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "host.toml"
+
+    def sizes(self) -> tuple[int, int]:
+        """Image and filesystem, as they are on the disk; the one thing that must always hold is checked."""
+        image, filesystem = os.stat(self.guest.image).st_size, superblock.read(str(self.guest.image)).size
+        assert image >= filesystem
+        return image, filesystem
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with workspace() as directory:
+        guest = Guest(directory / "g", SMALL)
+        (directory / "host.toml").write_text(f"""
+[serve]
+listen = ["unix:{directory}/host.sock"]
+[resize]
+state_dir = "{directory}/state"
+poll_s = 0.02
+patience_s = 15
+[sharing]
+reserve_least = "16MiB"
+base = "64MiB"
+[pool.p]
+path = "{directory}"
+[guest.g]
+address = "unix:{directory}/g/storaged.sock"
+image = "{guest.image}"
+""")
+        with Daemon(directory / "g", stateful=guest.mountpoint) as daemon:
+            fill(guest.mountpoint / "data", 200 * MIB)
+            yield Bench(directory, guest, daemon)
+        guest.close()
+
+
+class Host:
+    """The daemon as a process; `dies_at`: it kills itself before its n-th step, `dies_after`: behind it."""
+
+    def __init__(self, bench: Bench, dies_at: int | None = None) -> None:
+        self._bench = bench
+        environment = {**os.environ, "DIES_AT": str(dies_at if dies_at is not None else -1)}
+        self._log = (bench.directory / "host.log").open("a")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", KILLED, "serve", "--config", str(bench.config)], stderr=self._log, env=environment
+        )
+        self._channel = grpc.insecure_channel(f"unix:{bench.socket}", options=[("grpc.use_local_subchannel_pool", 1)])
+        self.stub = storaged_host_v1_pb2_grpc.HostStub(self._channel)
+
+    def resizable(self) -> None:
+        """Wait until it knows its guest."""
+        ends = time.monotonic() + 20
+        while True:
+            try:
+                if self.stub.ListGuests(pb.ListGuestsRequest(), timeout=2).guests[0].HasField("filesystem_bytes"):
+                    return
+            except grpc.RpcError:
+                assert self.process.poll() is None, (self._bench.directory / "host.log").read_text()
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+
+    def resize(self, size: int) -> pb.Resize:
+        return self.stub.Resize(pb.ResizeRequest(guest="g", size_bytes=size), timeout=20).resize
+
+    def ends(self, wanted: str, within_s: float = 40.0) -> pb.Resize:
+        """Follow it to its end; the image is looked at all the time."""
+        ends = time.monotonic() + within_s
+        for report in self.stub.Watch(pb.WatchRequest(), timeout=within_s):
+            self._bench.sizes()
+            found = next((each for each in report.resizes if each.id == wanted), None)
+            if found is not None and found.state in ENDED:
+                return found
+            assert time.monotonic() < ends, found
+        raise AssertionError(wanted)
+
+    def close(self) -> None:
+        self._channel.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            assert self.process.wait(10) == 0
+        self._log.close()
+
+
+def _ask(host: Host, size: int) -> str | None:
+    """The resize's id; None when the host died before it said that it would do it."""
+    try:
+        host.resizable()
+        return host.resize(size).id
+    except (grpc.RpcError, AssertionError):
+        assert host.process.wait(10) == -signal.SIGKILL
+        return None
+
+
+def test_there_and_back(bench: Bench) -> None:
+    host = Host(bench)
+    try:
+        host.resizable()
+        cost = bench.guest.host_bytes()
+        grown = host.ends(host.resize(LARGE).id)
+        assert (grown.state, grown.from_bytes, grown.progress) == (pb.RESIZE_DONE, SMALL, 1.0), grown
+        assert bench.sizes() == (LARGE, LARGE)
+        assert bench.guest.host_bytes() < cost + 64 * MIB, "the image stays sparse"
+        shrunk = host.ends(host.resize(SMALL).id)
+        assert shrunk.state == pb.RESIZE_DONE, shrunk
+        assert bench.sizes() == (SMALL, SMALL)
+        for size, code in ((SMALL // 8, grpc.StatusCode.OUT_OF_RANGE), (5, grpc.StatusCode.INVALID_ARGUMENT)):
+            with pytest.raises(grpc.RpcError) as refused:
+                host.resize(size)
+            assert refused.value.code() is code
+        pool = host.stub.GetPool(pb.GetPoolRequest())
+        assert pool.free_bytes > 0
+        assert pool.history
+        assert pool.total_bytes >= pool.free_bytes
+    finally:
+        host.close()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("start", "to"), [(SMALL, LARGE), (LARGE, SMALL)], ids=["grow", "shrink"])
+def test_killed_at_every_step(bench: Bench, start: int, to: int) -> None:
+    died = resumed = 0
+    if start == LARGE:
+        _bring(bench, LARGE)
+    for step in itertools.count():
+        host = Host(bench, step)
+        try:
+            wanted = _ask(host, to)
+            if wanted is not None:
+                try:
+                    host.ends(wanted)
+                except (grpc.RpcError, AssertionError):
+                    assert host.process.wait(10) == -signal.SIGKILL
+        finally:
+            host.close()
+        bench.sizes()
+        if host.process.returncode == 0:
+            break
+        died += 1
+        host = Host(bench)
+        try:
+            host.resizable()
+            known = next(iter(host.stub.Watch(pb.WatchRequest()))).resizes
+            running = [each for each in known if each.id == wanted or each.state not in ENDED]
+            if running:
+                ended = host.ends(running[0].id)
+                assert ended.state == pb.RESIZE_DONE, ended
+                resumed += ended.resumed
+                assert bench.sizes() == (to, to)
+            if bench.sizes() != (start, start):
+                assert host.ends(host.resize(start).id).state == pb.RESIZE_DONE
+            assert bench.sizes() == (start, start)
+        finally:
+            host.close()
+    assert died >= 10, "it died at every one of them"
+    assert resumed >= 8, "and most times it had begun"
+    assert bench.sizes() == (to, to)
+    bench.daemon.stop()
+    bench.guest.unmount()
+    bench.guest.check()
+
+
+def _bring(bench: Bench, size: int) -> None:
+    """Bring the guest to `size`, undisturbed."""
+    if bench.sizes() == (size, size):
+        return
+    host = Host(bench)
+    try:
+        host.resizable()
+        assert host.ends(host.resize(size).id).state == pb.RESIZE_DONE
+        assert bench.sizes() == (size, size)
+    finally:
+        host.close()
