@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 from playwright.sync_api import Page, ViewportSize  # noqa: E402  # the path comes first
 
-from lab.browser import SimulatedHost, browser  # noqa: E402
+from lab.browser import browser  # noqa: E402
+from lab.simulated import SimulatedHost  # noqa: E402
 
 TARGET = ROOT / "docs" / "img"
 DESK, PHONE = ViewportSize(width=1200, height=1000), ViewportSize(width=390, height=844)

@@ -28,6 +28,8 @@ TICK_S = 0.25
 MOVES_PER_S = 400 * MIB
 ASKS_S = 0.6
 HISTORY_MOST = 600
+WARM = 8
+"""Turns without time in which every guest is told its limit: the story begins with a host that runs already."""
 LEAST = 256 * MIB
 POOL = "vms"
 NAMES = ("web", "db", "build", "mail", "desktop", "ci", "cache", "files")
@@ -113,6 +115,8 @@ class SimulatedHost:
         self._begun = self.clock()
         for guest in self.guests.values():
             self._step(ev.GuestJoined(guest.name, guest.size, guest.used, self._begun))
+        for _ in range(WARM):
+            self.turn(0.0)
 
     @property
     def free(self) -> int:

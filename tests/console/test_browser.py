@@ -13,7 +13,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from lab.browser import SimulatedHost, browser, chromium
+from lab.browser import browser, chromium
+from lab.simulated import SimulatedHost
 from storaged.errors import Kind, StoragedError
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.units import GIB

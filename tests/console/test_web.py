@@ -43,7 +43,7 @@ def events(served: Served, count: int) -> list[dict[str, Any]]:
     connection.request("GET", "/api/events")
     answer = connection.getresponse()
     assert answer.headers["content-type"].startswith("text/event-stream")
-    found = []
+    found: list[dict[str, Any]] = []
     while len(found) < count:
         line = answer.readline()
         if line.startswith(b"data: "):

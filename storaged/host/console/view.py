@@ -63,6 +63,7 @@ def pool(found: pb.Pool, now: float) -> Json:
         "free": _known(found, "free_bytes"),
         "reserve": found.reserve_bytes,
         "promised": found.promised_bytes,
+        "unbound": found.unbound_bytes,
         "holds": _known(found, "promise_holds"),
         "exhausted_s": _known(found, "exhausted_in_s"),
         "falls": found.fall_bytes_per_s,

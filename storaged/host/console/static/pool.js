@@ -96,7 +96,7 @@ function promise(pool) {
   const said = {
     true: "What guests may still write fits into what is free.",
     false: "What guests may still write does not fit into what is free: they are being told less. Free some space on the host.",
-  }[pool.holds] ?? "Whether all guests know their limit is not known yet.";
+  }[pool.holds || (pool.unbound ? null : pool.holds)] ?? "Not all guests know their limit yet: room is set aside for them.";
   const soon = pool.exhausted_s !== null && pool.exhausted_s < 3600;
   return soon ? `${said} Free space falls by ${size(pool.falls)}/s: at that rate it lasts ${duration(pool.exhausted_s)}.` : said;
 }
