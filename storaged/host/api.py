@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -38,7 +39,7 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         self._sequence = 0
         self._watchers: set[asyncio.Event] = set()
         for controller in controllers:
-            controller.observe(self._changed)
+            controller.observe(partial(self._seen, controller))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Have `server` serve it."""
@@ -53,10 +54,7 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
                 # Its own task: a pool that hangs holds up nothing but its own total.
                 self._asking = asyncio.create_task(self._ask_totals())
             for controller in self._controllers:
-                state = controller.state
-                if state.pool.at is not None and not controller.unread:
-                    self._histories[controller.pool.name].add(_point(state))
-            self._changed(None)
+                self._seen(controller, controller.state)
             await asyncio.sleep(BEAT_S)
 
     # --- methods
@@ -121,7 +119,9 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
 
     # --- what they are made of
 
-    def _changed(self, _state: State | None) -> None:
+    def _seen(self, controller: Controller, state: State) -> None:
+        if state.pool.at is not None and not controller.unread:
+            self._histories[controller.pool.name].add(_point(state))
         for news in self._watchers:
             news.set()
 

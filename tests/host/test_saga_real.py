@@ -21,9 +21,10 @@ from storaged.host import superblock
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_host_v1_pb2_grpc
 from storaged.units import GIB, MIB
+from tests.btrfs.support import hashes
 
 pytestmark = pytest.mark.btrfs
-SMALL, LARGE = 1 * GIB, 2 * GIB
+SMALL, MIDDLE, LARGE = 1 * GIB, 3 * GIB // 2, 2 * GIB
 KILLED = "tests.host.killed"
 ENDED = {pb.RESIZE_DONE, pb.RESIZE_FAILED, pb.RESIZE_CANCELLED}
 
@@ -156,6 +157,63 @@ def test_there_and_back(bench: Bench) -> None:
         assert pool.total_bytes >= pool.free_bytes
     finally:
         host.close()
+
+
+def _high(bench: Bench) -> None:
+    """Bring the guest to `LARGE` with data at its far end, which a shrink has to move."""
+    _bring(bench, LARGE)
+    fill(bench.guest.mountpoint / "near", 1000 * MIB)
+    fill(bench.guest.mountpoint / "far", 500 * MIB)
+    (bench.guest.mountpoint / "near").unlink()
+    os.sync()
+
+
+def test_a_cancel_takes_it_all_back(bench: Bench) -> None:
+    _high(bench)
+    content = hashes(bench.guest.mountpoint)
+    host = Host(bench)
+    try:
+        host.resizable()
+        wanted = host.resize(MIDDLE).id
+        told = host.stub.CancelResize(pb.CancelResizeRequest(guest="g"), timeout=20).resize
+        assert (told.id, told.state) == (wanted, pb.RESIZE_CANCELLING)
+        ended = host.ends(wanted)
+        assert ended.state == pb.RESIZE_CANCELLED, ended
+        assert (ended.image_bytes, ended.filesystem_bytes) == bench.sizes() == (LARGE, LARGE)
+        with pytest.raises(grpc.RpcError) as late:
+            host.stub.CancelResize(pb.CancelResizeRequest(id=wanted), timeout=20)
+        assert late.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    finally:
+        host.close()
+    assert hashes(bench.guest.mountpoint) == content
+
+
+def test_a_guests_agent_that_dies_at_work_costs_nothing(bench: Bench) -> None:
+    _high(bench)
+    content = hashes(bench.guest.mountpoint)
+    host = Host(bench)
+    try:
+        host.resizable()
+        wanted = host.resize(MIDDLE).id
+        ends = time.monotonic() + 20
+        while not bench.daemon.status().resize_in_progress:
+            assert time.monotonic() < ends
+        bench.daemon.kill()
+        bench.sizes()
+        bench.daemon.start()
+        ended = host.ends(wanted)
+        image, filesystem = bench.sizes()
+        if ended.state == pb.RESIZE_DONE:  # the kernel had gone on without the agent
+            assert (image, filesystem) == (MIDDLE, MIDDLE)
+        else:
+            assert ended.state == pb.RESIZE_FAILED
+            assert image == LARGE, "never cut while it is not known"
+            assert (ended.image_bytes, ended.filesystem_bytes) == (image, filesystem)
+        assert host.ends(host.resize(MIDDLE).id).state == pb.RESIZE_DONE
+        assert bench.sizes() == (MIDDLE, MIDDLE)
+    finally:
+        host.close()
+    assert hashes(bench.guest.mountpoint) == content
 
 
 @pytest.mark.timeout(600)
