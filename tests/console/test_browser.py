@@ -240,7 +240,8 @@ def test_a_foreign_page_cannot_resize(page: Page, served: Served, foreign: str) 
     url = f"http://127.0.0.1:{served.port}/api/guests/web/resize"
     with page.expect_event("requestfailed", lambda request: request.url == url, timeout=10_000) as asked:
         page.evaluate(
-            "url => fetch(url, {method: 'POST', mode: 'no-cors', body: '{\"size\": 1073741824}'}).then(() => 1, () => 0)",
+            "url => fetch(url, {method: 'POST', mode: 'no-cors', body: '{\"size\": 1073741824}'})"
+            ".then(() => 1, () => 0)",
             url,
         )
     assert "BLOCKED_BY_RESPONSE" in (asked.value.failure or "")  # it went to us; what we said was kept from the page

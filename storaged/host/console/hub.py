@@ -88,7 +88,9 @@ class Hub:
     def saw(self, report: pb.Report) -> None:
         """A report has come."""
         now = view.seconds(report.time)
-        guests = {guest.name: view.guest(guest, now) for guest in report.guests}
+        guests = {
+            guest.name: view.carried(view.guest(guest, now), self._guests.get(guest.name)) for guest in report.guests
+        }
         names = self._guests.keys() | guests.keys()
         changed = {name for name in names if self._guests.get(name) != guests.get(name)}
         self._guests = guests

@@ -99,6 +99,16 @@ def guest(found: pb.Guest, now: float) -> Json:
     }
 
 
+_TOLD = ("size", "balloon", "available", "minimum", "guaranteed", "reported_at")
+
+
+def carried(new: Json, old: Json | None) -> Json:
+    """What a silent guest told last is worth seeing, as long as it is said to be old."""
+    if not new["stale"] or old is None or new["size"] is not None:
+        return new
+    return new | {key: old[key] for key in _TOLD if new[key] is None} | {"minimum_why": old["minimum_why"]}
+
+
 def resize(found: pb.Resize) -> Json:
     """A resize, running or ended."""
     return {
