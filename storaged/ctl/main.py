@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from storaged import __version__
 from storaged.errors import ConfigError, InvalidRequest, StoragedError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FAILED, MISUSED = 1, 2
 DEFAULT_GUEST = "unix:/run/storaged.sock"
+DEFAULT_HOST = "unix:/run/storaged-host.sock"
 MOST_INTERVAL_S = 3600.0
 
 
@@ -26,7 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         _never_fail_to_encode(stream)
     try:
-        arguments = _parser().parse_args(argv)
+        parser = _parser()
+        if "_ARGCOMPLETE" in os.environ:
+            from storaged.ctl.completion import complete
+
+            complete(parser)
+        arguments = parser.parse_args(argv)
         code = _run(arguments)
         sys.stdout.flush()
     except ConfigError as error:
@@ -45,14 +51,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "completion":
+        from storaged.ctl.completion import script
+
+        print(script(arguments.shell))
+        return 0
     from storaged.addresses import parse_address  # --help and wrong use need not wait for gRPC
+
+    if _of_host(arguments):
+        return _ask_host(arguments)
     from storaged.ctl import commands, resize
     from storaged.ctl.client import Client, Tls
 
     files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
     if any(files) and not all(files):
         raise ConfigError("--tls-ca, --tls-cert and --tls-key belong together")
-    address, as_json = parse_address(arguments.guest), arguments.json
+    address, as_json = parse_address(_guest(arguments)), arguments.json
     tls = Tls(*files) if all(files) else None
     with Client(address, tls=tls, insecure=arguments.insecure, timeout_s=arguments.timeout) as client:
         match arguments.command:
@@ -61,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
             case "bounds":
                 return commands.bounds(client, as_json=as_json)
             case "resize":
-                return resize.run(client, arguments.size, yes=arguments.yes, as_json=as_json)
+                return resize.run(client, arguments.what[0], yes=arguments.yes, as_json=as_json)
             case "cancel":
                 return commands.cancel(client, as_json=as_json)
             case "balloon":
@@ -70,6 +84,59 @@ def _run(arguments: argparse.Namespace) -> int:
                 return commands.trim(client, reclaim=arguments.reclaim, as_json=as_json)
             case _:
                 return _watch(client, arguments.interval, as_json=as_json)
+
+
+def _of_host(arguments: argparse.Namespace) -> bool:
+    """Is storaged-host meant, rather than one guest?"""
+    match arguments.command:
+        case "guests" | "pool":
+            return True
+        case "resize":
+            return len(arguments.what) == 2
+        case "cancel":
+            return bool(arguments.name)
+        case "watch":
+            if arguments.guest or arguments.host:
+                return bool(arguments.host)
+            if os.environ.get("STORAGED_GUEST") or os.environ.get("STORAGED_HOST"):
+                return not os.environ.get("STORAGED_GUEST")
+            return os.path.exists(DEFAULT_HOST.partition(":")[2])
+        case _:
+            return False
+
+
+def _guest(arguments: argparse.Namespace) -> str:
+    return arguments.guest or os.environ.get("STORAGED_GUEST") or DEFAULT_GUEST
+
+
+def host_address(arguments: argparse.Namespace) -> str:
+    """Where storaged-host is."""
+    return arguments.host or os.environ.get("STORAGED_HOST") or DEFAULT_HOST
+
+
+def _ask_host(arguments: argparse.Namespace) -> int:
+    from storaged.addresses import parse_address
+    from storaged.ctl import host
+    from storaged.ctl.host_client import HostClient
+
+    as_json = arguments.json
+    with HostClient(parse_address(host_address(arguments)), arguments.timeout) as client:
+        match arguments.command:
+            case "guests":
+                return host.guests(client, arguments.pool, as_json=as_json)
+            case "pool":
+                return host.pool(client, arguments.name, as_json=as_json)
+            case "resize":
+                name, size = arguments.what
+                return host.resize(client, name, size, yes=arguments.yes, as_json=as_json)
+            case "cancel":
+                return host.cancel(client, arguments.name, as_json=as_json)
+            case _:
+                try:
+                    return host.watch(client, arguments.interval, as_json=as_json)
+                except BrokenPipeError:  # whoever read it has seen enough
+                    _discard(sys.stdout)
+                    return 0
 
 
 def _watch(client: Client, interval_s: float, *, as_json: bool) -> int:
@@ -85,15 +152,19 @@ def _watch(client: Client, interval_s: float, *, as_json: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="storagectl",
-        description="Ask a guest's storaged, and tell it what to do.",
+        description="Ask a guest's storaged, or storaged-host about all guests, and tell them what to do.",
         epilog="Sizes: 20G, 512MiB, or bytes. Exit codes: 0 done, 1 failed, 2 wrong use.",
     )
     parser.add_argument("--version", action="version", version=f"storagectl {__version__}")
     parser.add_argument(
         "--guest",
         metavar="ADDR",
-        default=os.environ.get("STORAGED_GUEST") or DEFAULT_GUEST,
-        help=f"unix:/path or tcp:HOST:PORT (default: $STORAGED_GUEST, or {DEFAULT_GUEST})",
+        help=f"one guest: unix:/path or tcp:HOST:PORT (default: $STORAGED_GUEST, or {DEFAULT_GUEST})",
+    )
+    parser.add_argument(
+        "--host",
+        metavar="ADDR",
+        help=f"storaged-host: unix:/path or a loopback tcp: (default: $STORAGED_HOST, or {DEFAULT_HOST})",
     )
     parser.add_argument(
         "--timeout",
@@ -109,11 +180,17 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="pressure, filesystem, balloon, job and notes on one screen")
     commands.add_parser("bounds", help="how small the filesystem can get, and why not smaller")
 
-    resize = commands.add_parser("resize", help="grow or shrink the filesystem and follow it; Ctrl-C cancels it")
-    resize.add_argument("size", metavar="SIZE", type=_size, help="what the filesystem shall have")
+    resize = commands.add_parser(
+        "resize",
+        usage="%(prog)s [-h] [--yes] [--json] [NAME] SIZE",
+        help="grow or shrink a filesystem and follow it; Ctrl-C cancels it",
+        description="With NAME, storaged-host resizes that guest's image and filesystem.",
+    )
+    resize.add_argument("what", metavar="[NAME] SIZE", nargs="+", action=_NameAndSize, help="whom, and to what")
     resize.add_argument("--yes", "-y", action="store_true", help="do not ask before a shrink")
 
-    commands.add_parser("cancel", help="cancel the running resize and wait until it has stopped")
+    cancel = commands.add_parser("cancel", help="cancel a running resize and wait until it has stopped")
+    cancel.add_argument("name", metavar="NAME", nargs="?", default="", help="the guest, where storaged-host resizes it")
 
     balloon = commands.add_parser("balloon", help="say what the host has left, as a host does")
     balloon.add_argument("free", metavar="FREE", type=_free, help="a size, or `unknown`")
@@ -128,7 +205,16 @@ def _parser() -> argparse.ArgumentParser:
     trim = commands.add_parser("trim", help="hand unused blocks back to the host now")
     trim.add_argument("--reclaim", action="store_true", help="empty chunks too")
 
-    watch = commands.add_parser("watch", help="show every change until Ctrl-C")
+    guests = commands.add_parser("guests", help="all guests of the host as a table")
+    guests.add_argument("--pool", metavar="POOL", default="", help="of this pool alone")
+    pool = commands.add_parser("pool", help="a pool of the host, what is promised of it, and its pressure")
+    pool.add_argument("name", metavar="POOL", nargs="?", default="", help="which one; the only one needs no name")
+
+    watch = commands.add_parser(
+        "watch",
+        help="show every change until Ctrl-C",
+        description="Shows the host with --host (or where its socket is), one guest with --guest.",
+    )
     watch.add_argument(
         "--interval",
         metavar="S",
@@ -138,7 +224,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="as JSON")
+    completion = commands.add_parser("completion", help="print what makes the shell complete storagectl's arguments")
+    completion.add_argument("shell", choices=["bash", "zsh"])
     return parser
+
+
+class _NameAndSize(argparse.Action):
+    """SIZE, or NAME SIZE."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002  # argparse gives it
+    ) -> None:
+        if len(values) > 2:
+            parser.error(f"NAME and SIZE are accepted, not {len(values)} words")
+        try:
+            setattr(namespace, self.dest, [*values[:-1], _size(values[-1])])
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument SIZE: {error}")
 
 
 def _size(text: str) -> int:

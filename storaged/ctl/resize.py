@@ -91,7 +91,7 @@ def run(client: Client, size: int, *, yes: bool, as_json: bool) -> int:
         _refuse(before, size, least)
     if not as_json or (shrinks and not yes):
         terminal.rows(show.plan(before, size, least))
-    if shrinks and not yes and not _confirmed(terminal):
+    if shrinks and not yes and not confirmed(terminal):
         raise StoragedError("not confirmed; nothing was changed", Kind.PRECONDITION)
     follower = Follower(job.id if before.HasField("job") else "", size)
     with Feed(client, patience=_PATIENCE) as feed:
@@ -152,7 +152,8 @@ def _running(job: pb.Job) -> str:
     return f"a resize to {to} ({show.JOB.get(job.state, '?')}, {show.percent(job)} %)"
 
 
-def _confirmed(terminal: Terminal) -> bool:
+def confirmed(terminal: Terminal) -> bool:
+    """Ask; true for a yes. Raises ConfigError where nobody can be asked."""
     if not (sys.stdin.isatty() and terminal.interactive):
         raise ConfigError("a shrink needs a yes: run it on a terminal, or give --yes")
     print("Shrink it? [y/N] ", end="", file=terminal.stream, flush=True)

@@ -12,6 +12,9 @@ from storaged.errors import ConfigError, StoragedError
 from storaged.host.config import load
 
 FAILED, MISUSED = 1, 2
+CONTROL = "unix:/run/storaged-host.sock"
+CONSOLE = "tcp:127.0.0.1:8800"
+MOST_SIMULATED = 1000
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,7 +24,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"storaged-host {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="run the controller")
-    serve.add_argument("--config", metavar="FILE", required=True, help="pools, guests and settings in TOML")
+    what = serve.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="pools, guests and settings in TOML")
+    what.add_argument("--sim", metavar="N", type=_count, help="share a made-up pool among N made-up guests")
+    serve.add_argument(
+        "--control", metavar="ADDR", default=CONTROL, help=f"with --sim: the socket for storagectl (default {CONTROL})"
+    )
+    serve.add_argument(
+        "--console", metavar="ADDR", default=CONSOLE, help=f"with --sim: where browsers come (default {CONSOLE})"
+    )
     serve.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
 
@@ -31,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     try:
+        if options.sim is not None:
+            return _simulate(options)
         config = load(options.config)
         from storaged.host.service import serve
 
@@ -42,6 +55,24 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"storaged-host: {error.message}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from storaged.addresses import UnixAddress, parse_address
+    from storaged.host.console.settings import parse
+    from storaged.host.simulated_service import serve
+
+    control = parse_address(options.control)
+    if not isinstance(control, UnixAddress):
+        raise ConfigError(f"--control {options.control}: unix:/path is accepted")
+    asyncio.run(serve(options.sim, control, parse({"listen": options.console})))
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MOST_SIMULATED:
+        raise argparse.ArgumentTypeError(f"{text!r}: between 1 and {MOST_SIMULATED} is accepted")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 [serve]            listen = ["tcp:127.0.0.1:7777"], metrics = "127.0.0.1:9848"
 [sharing]          low = "4GiB"
+[console]          listen = "tcp:127.0.0.1:8800"
 [pool.vms]         path = "/var/lib/vms"
 [guest.web]        address = "unix:/run/web.sock", image = "/var/lib/vms/web.img", weight = 2.0
 """
@@ -17,6 +18,8 @@ from typing import Any
 
 from storaged.addresses import Address, VsockAddress, parse_address
 from storaged.errors import ConfigError, InvalidRequest
+from storaged.host.console import settings as console
+from storaged.host.console.settings import ConsoleSettings
 from storaged.host.settings import Resizing, Sharing
 from storaged.units import parse_size
 
@@ -100,6 +103,7 @@ class HostConfig:
     tls: Tls = field(default_factory=Tls)
     discovery: Discovery | None = None
     resize: Resizing = field(default_factory=Resizing)
+    console: ConsoleSettings = field(default_factory=ConsoleSettings)
     metrics: str = ""
     """HOST:PORT or unix:/path; empty: none."""
 
@@ -118,7 +122,7 @@ def load(path: str) -> HostConfig:
 
 def parse(document: dict[str, Any]) -> HostConfig:
     """The settings in a document that was read. Raises ConfigError that names the key."""
-    _known("", document, ("serve", "sharing", "tls", "pool", "guest", "discovery", "resize"))
+    _known("", document, ("serve", "sharing", "tls", "pool", "guest", "discovery", "resize", "console"))
     pools = tuple(_pool(name, table) for name, table in _named("pool", document.get("pool", {})))
     if not pools:
         raise ConfigError("no pool: write [pool.NAME] with its path")
@@ -144,6 +148,7 @@ def parse(document: dict[str, Any]) -> HostConfig:
         Tls(**{key: _text(f"tls.{key}", value) for key, value in tls.items()}),
         _discovery(document["discovery"], pools) if "discovery" in document else None,
         _resize(document.get("resize", {})),
+        console.parse(document.get("console", {})),
         metrics=_text("serve.metrics", serve["metrics"]) if "metrics" in serve else "",
     )
 

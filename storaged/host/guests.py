@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ WATCH_INTERVAL_S = 1.0
 ANSWER_S, WORK_S = 20.0, 600.0
 """For a plain answer, and for the end of a job that was cancelled: its last step takes its time."""
 AGAIN_FIRST_S, AGAIN_MOST_S = 1.0, 30.0
+BOUNDS_FIRST_S, BOUNDS_EVERY_S = 2.0, 60.0
 _NEVER_SENT = ("failed to connect to all addresses", "connections to all backends failing")
 _STATE = {
     Level.NORMAL: vm_guest_pb2.DISK_NORMAL,
@@ -109,6 +111,26 @@ class GuestClient:
 
     async def watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None:
         """Keep `report` up to date for as long as this runs; returns when the agent is no storaged."""
+        bounds = asyncio.create_task(self._ask_bounds(changed))
+        try:
+            await self._watch(changed, lost)
+        finally:
+            bounds.cancel()
+
+    async def _ask_bounds(self, changed: Callable[[], None]) -> None:
+        """How small it can get is reckoned by a guest only when it is asked, so it is asked now and then."""
+        await asyncio.sleep(BOUNDS_FIRST_S)
+        while True:
+            if self.report is not None:
+                with contextlib.suppress(StoragedError):
+                    report = await self.fresh_report()
+                    if report is not None and self.report is not None:
+                        self.report, self.reported_at = report, time.monotonic()
+                        changed()
+            known = self.report is not None and self.report.HasField("bounds")
+            await asyncio.sleep(BOUNDS_EVERY_S * random.uniform(0.8, 1.2) if known else BOUNDS_FIRST_S)  # noqa: S311
+
+    async def _watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None:
         wait_s = AGAIN_FIRST_S
         while True:
             try:

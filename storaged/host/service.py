@@ -7,14 +7,19 @@ import gc
 import logging
 import resource
 import signal
+from typing import TYPE_CHECKING
 
-from storaged.addresses import Address
+from storaged.addresses import Address, UnixAddress
+from storaged.errors import ConfigError
 from storaged.host.api import HostApi
 from storaged.host.config import GuestConfig, HostConfig, PoolConfig
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
 from storaged.host.listener import Listener
 from storaged.host.watch import FilesystemSource, Source, ThinSource, Watcher, allocated
+
+if TYPE_CHECKING:
+    from storaged.host.console.server import Console
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,19 @@ class Host:
         self._api = HostApi(self.controllers)
         self._listener = Listener(self._ready, config.tls, self._api.add_to)
         self.listening: list[Address] = []
+        self._console = self._with_console() if config.console.listen else None
+
+    def _with_console(self) -> Console:
+        """The console asks where the command line does: at the first unix socket."""
+        from storaged.host.console.backend import GrpcBackend
+        from storaged.host.console.server import Console
+
+        asked = next((address for address in self._config.listen if isinstance(address, UnixAddress)), None)
+        if asked is None:
+            raise ConfigError("console.listen needs a unix: address in serve.listen, where the console asks")
+        console = Console(self._config.console, GrpcBackend(asked))
+        console.bind()
+        return console
 
     def _connect(self, guest: GuestConfig) -> GuestClient:
         return GuestClient(guest.name, guest.address, self._config.tls)
@@ -91,6 +109,8 @@ class Host:
                 self.listening = await self._listener.start(self._config.listen)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._api.run(), name="history")
+                if self._console is not None:
+                    group.create_task(self._console.run(), name="console")
                 for controller in self.controllers:
                     group.create_task(controller.run(), name=f"pool {controller.pool.name}")
                 log.info(

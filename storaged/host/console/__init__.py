@@ -1,0 +1,1 @@
+"""The web console: what the host's own service (`storaged.host.v1`) says, as a page that stays true."""

@@ -1,0 +1,303 @@
+"""The console as browsers and scripts meet it, over a real socket: who comes in, what is refused, what is said."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.host.console.settings import ConsoleSettings, parse
+from storaged.units import GIB
+from tests.console.told import Served, ToldHost, guest
+
+RESIZE = "/api/guests/web/resize"
+TOKEN = "correct-horse-battery-staple"
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    with Served(ToldHost()) as served:
+        yield served
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Served]:
+    """A console that asks for a token."""
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    file.chmod(0o600)
+    with Served(ToldHost(), ConsoleSettings("tcp:127.0.0.1:0", token_file=str(file))) as served:
+        yield served
+
+
+def events(served: Served, count: int) -> list[dict[str, Any]]:
+    """The first events of a stream."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection.request("GET", "/api/events")
+    answer = connection.getresponse()
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found: list[dict[str, Any]] = []
+    while len(found) < count:
+        line = answer.readline()
+        if line.startswith(b"data: "):
+            found.append(json.loads(line[6:]))
+    connection.close()
+    return found
+
+
+def test_a_page_of_ours_resizes_and_cancels(served: Served) -> None:
+    token = served.token()
+    status, _, job = served.ask("POST", RESIZE, {"size": 20 * GIB}, x_storaged_token=token)
+    assert (status, job["to"], job["state"]) == (202, 20 * GIB, "running")
+    assert served.ask("POST", "/api/guests/web/cancel", {"id": "r-web"}, x_storaged_token=token)[0] == 202
+    assert served.host.calls == [("resize", "web", 20 * GIB), ("cancel", "web", "r-web")]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"x_storaged_token": "wrong"},
+        {"x_storaged_token": "ours", "origin": "http://evil.example"},
+        {"x_storaged_token": "ours", "origin": "null"},
+        {"x_storaged_token": "ours", "origin": "http://127.0.0.1:1"},
+        {"x_storaged_token": "ours", "sec_fetch_site": "cross-site"},
+        {"x_storaged_token": "ours", "sec_fetch_site": "same-site"},
+        {"x_storaged_token": "ours", "sec_fetch_site": "none"},
+    ],
+)
+def test_a_page_that_is_not_ours_changes_nothing(served: Served, headers: dict[str, str]) -> None:
+    if headers.get("x_storaged_token") == "ours":
+        headers = headers | {"x_storaged_token": served.token()}
+    status, _, said = served.ask("POST", RESIZE, {"size": 20 * GIB}, **headers)
+    assert status == 403
+    assert said["error"]
+    assert served.host.calls == []
+
+
+def test_our_own_origin_is_welcome(served: Served) -> None:
+    own = {"origin": f"http://127.0.0.1:{served.port}", "sec_fetch_site": "same-origin"}
+    assert served.ask("POST", RESIZE, {"size": GIB}, x_storaged_token=served.token(), **own)[0] == 202
+
+
+@pytest.mark.parametrize("name", ["evil.example", "127.0.0.1.evil.example", "", "127.0.0.2", "[::1", "a b"])
+def test_a_name_that_somebody_points_at_us_is_not_ours(served: Served, name: str) -> None:
+    status, _, said = served.ask("GET", "/api/state", host=name)
+    assert status == 421
+    assert "console.names" in said["error"]
+
+
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST:8800", "[::1]:8800", "127.0.0.1:1"])
+def test_names_of_this_machine_are_ours(served: Served, name: str) -> None:
+    assert served.ask("GET", "/", host=name)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [({}, "size"), ({"size": "20G"}, "size"), ({"size": True}, "size"), ({"size": 0}, "size"), ([], "object")],
+)
+def test_what_can_never_be_right_is_refused_here(served: Served, body: object, says: str) -> None:
+    status, _, said = served.ask("POST", RESIZE, body, x_storaged_token=served.token())
+    assert status == 400
+    assert says in said["error"]
+    assert served.host.calls == []
+
+
+def test_a_body_that_is_not_json_or_too_long_is_refused(served: Served) -> None:
+    token = served.token()
+    for body, kind in (({"size": 1}, "text/plain"), ({"size": 1, "x": "y" * 5000}, "application/json")):
+        assert served.ask("POST", RESIZE, body, content_type=kind, x_storaged_token=token)[0] == 400
+    assert served.host.calls == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(Kind.BUSY, 409), (Kind.OUT_OF_RANGE, 422), (Kind.UNAVAILABLE, 503), (Kind.INTERNAL, 500)],
+)
+def test_the_hosts_words_reach_the_page(served: Served, kind: Kind, status: int) -> None:
+    served.host.refuses = StoragedError("web is being resized already", kind)
+    found, _, said = served.ask("POST", RESIZE, {"size": GIB}, x_storaged_token=served.token())
+    assert (found, said) == (status, {"error": "web is being resized already"})
+
+
+def test_nothing_but_our_own_files_may_run_in_the_page(served: Served) -> None:
+    for path in ("/", "/static/app.js", "/api/state", "/none"):
+        _, headers, _ = served.ask("GET", path)
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert headers["x-content-type-options"] == "nosniff"
+    assert served.ask("GET", "/static/../server.py")[0] == 404
+    assert served.ask("GET", "/static/%2e%2e/server.py")[0] == 404
+
+
+def test_a_stream_begins_with_everything_and_goes_on_with_what_changed(served: Served) -> None:
+    served.host.guests = [guest("db"), guest("web")]
+    time.sleep(0.5)
+    first, second = events(served, 2)
+    assert first["whole"]
+    assert [each["name"] for each in first["guests"]] == ["db", "web"]
+    assert len(first["history"]["vms"]) >= 60
+    assert not second["whole"]
+    assert second["guests"] == []  # nothing about them has changed
+    assert second["time"] > first["time"]
+
+
+def test_a_guest_that_left_is_said_to_have_left(served: Served) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection.request("GET", "/api/events")
+    answer = connection.getresponse()
+    gone: list[str] = []
+    until = time.monotonic() + 20
+    while not gone and time.monotonic() < until:
+        line = answer.readline()
+        if line.startswith(b"data: "):
+            gone = json.loads(line[6:]).get("gone", [])
+            served.host.guests = []
+    connection.close()
+    assert gone == ["web"]
+
+
+def test_a_host_that_is_lost_is_said_to_be_lost(served: Served) -> None:
+    served.host.down = "storaged-host cannot be reached; is it running?"
+    until = time.monotonic() + 20
+    while True:
+        _, _, state = served.ask("GET", "/api/state")
+        if state["lost"]:
+            break
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert state["lost"] == served.host.down
+    assert state["guests"]  # old, and said to be
+    served.host.down = ""
+    while served.ask("GET", "/api/state")[2]["lost"]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_without_the_token_there_is_nothing_to_see(locked: Served) -> None:
+    for path in ("/api/state", "/api/events"):
+        assert locked.ask("GET", path)[0] == 401
+    assert locked.ask("POST", RESIZE, {"size": GIB}, x_storaged_token=locked.token())[0] == 401
+    assert locked.ask("GET", "/api/session")[2]["login"] is True
+    assert locked.ask("POST", "/api/login", {"token": "wrong"}, x_storaged_token=locked.token())[0] == 401
+
+
+def test_the_token_lets_a_browser_in_until_it_leaves(locked: Served) -> None:
+    token = locked.token()
+    status, headers, _ = locked.ask("POST", "/api/login", {"token": TOKEN}, x_storaged_token=token)
+    assert status == 200
+    set_cookie = headers["set-cookie"].lower()
+    assert "httponly" in set_cookie
+    assert "samesite=strict" in set_cookie
+    cookie = headers["set-cookie"].partition(";")[0]
+    assert locked.ask("GET", "/api/state", cookie=cookie)[0] == 200
+    # A cookie alone, which a browser sends whoever asked it to, changes nothing.
+    assert locked.ask("POST", RESIZE, {"size": GIB}, cookie=cookie)[0] == 403
+    assert locked.ask("POST", RESIZE, {"size": GIB}, cookie=cookie, x_storaged_token=token)[0] == 202
+    assert locked.ask("POST", "/api/logout", {}, cookie=cookie, x_storaged_token=token)[0] == 200
+    assert locked.ask("GET", "/api/state", cookie=cookie)[0] == 401
+
+
+def test_scripts_bear_the_token(locked: Served) -> None:
+    assert locked.ask("GET", "/api/state", authorization=f"Bearer {TOKEN}")[0] == 200
+    assert locked.ask("POST", RESIZE, {"size": GIB}, authorization=f"Bearer {TOKEN}")[0] == 202
+    assert locked.ask("POST", RESIZE, {"size": GIB}, authorization="Bearer wrong")[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"listen": "tcp:0.0.0.0:8800"}, "needs console.certificate"),
+        ({"listen": "tcp:0.0.0.0:8800", "certificate": "/c", "key": "/k"}, "token_file"),
+        ({"listen": "tcp:[::]:8800", "token_file": "/t"}, "needs console.certificate"),
+        ({"listen": "vsock::8800"}, "unix: or tcp:"),
+        ({"listen": "tcp:127.0.0.1:8800", "certificate": "/c"}, "belong together"),
+        ({"listen": "tcp:127.0.0.1:8800", "names": ["a/b"]}, "host names"),
+        ({"listen": 8800}, "a text is accepted"),
+        ({"token_file": "token"}, "from the root"),
+        ({"lisen": "x"}, "unknown key console.lisen"),
+    ],
+)
+def test_settings_that_would_open_the_console_are_refused(table: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse(table)
+
+
+@pytest.mark.parametrize(
+    ("token", "mode", "says"), [("short", 0o600, "20 characters"), (TOKEN, 0o644, "chmod 600"), ("", 0o600, "one word")]
+)
+def test_a_token_that_others_know_is_refused(tmp_path: Path, token: str, mode: int, says: str) -> None:
+    file = tmp_path / "token"
+    file.write_text(token)
+    file.chmod(mode)
+    with pytest.raises(ConfigError, match=says):
+        Served(ToldHost(), ConsoleSettings("tcp:127.0.0.1:0", token_file=str(file)))
+
+
+def test_beyond_this_machine_it_speaks_tls(tmp_path: Path) -> None:
+    import ssl
+
+    import trustme
+
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    settings = ConsoleSettings(
+        "tcp:127.0.0.1:0", (), str(tmp_path / "token"), str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    )
+    served = Served(ToldHost(), settings)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+
+    def ask(path: str) -> tuple[int, str]:
+        connection = http.client.HTTPSConnection("localhost", served.port, timeout=20, context=context)
+        connection.request("GET", path, headers={"authorization": f"Bearer {TOKEN}"})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status, answer.headers.get("strict-transport-security", "")
+
+    served.ask = lambda *_, **__: (ask("/api/state")[0], {}, {})  # type: ignore[method-assign]
+    with served:
+        status, transport = ask("/api/state")
+        assert status == 200
+        assert transport
+        with socket.create_connection(("127.0.0.1", served.port), 5) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert not plain.recv(4096).startswith(b"HTTP")
+
+
+async def test_a_unix_socket_is_for_its_owner_alone(tmp_path: Path) -> None:
+    import asyncio
+
+    from storaged.host.console.server import Console
+
+    path = tmp_path / "console.sock"
+    console = Console(ConsoleSettings(f"unix:{path}"), ToldHost())
+    console.bind()
+    assert path.stat().st_mode & 0o777 == 0o600
+    task = asyncio.create_task(console.run())
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    writer.write(b"GET /api/state HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    writer.close()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert path not in set(tmp_path.iterdir())  # noqa: ASYNC240  # nobody waits
+
+
+def test_an_address_that_is_taken_is_said_to_be(served: Served) -> None:
+    with pytest.raises(StoragedError, match="cannot listen"):
+        Served(ToldHost(), ConsoleSettings(f"tcp:127.0.0.1:{served.port}"))
