@@ -24,6 +24,7 @@ def _free(path: Path) -> int:
     return stats.f_bavail * stats.f_frsize
 
 
+@pytest.mark.slow
 @pytest.mark.btrfs
 def test_a_guest_that_writes_all_it_can_leaves_the_reserve_alone(pool: Path) -> None:
     guests = {name: Guest(pool / name, 4 * GIB) for name in ("a", "b")}

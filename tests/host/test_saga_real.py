@@ -253,7 +253,13 @@ def test_a_balloon_makes_way_on_a_host_that_is_nearly_full(pool: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("start", "to"), [(SMALL, LARGE), (LARGE, SMALL)], ids=["grow", "shrink"])
+@pytest.mark.parametrize(
+    ("start", "to"),
+    [
+        pytest.param(SMALL, LARGE, id="grow", marks=pytest.mark.slow),
+        pytest.param(LARGE, SMALL, id="shrink"),
+    ],
+)
 def test_killed_at_every_step(bench: Bench, start: int, to: int) -> None:
     died = resumed = 0
     if start == LARGE:

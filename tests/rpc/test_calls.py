@@ -80,6 +80,7 @@ async def test_every_end_of_a_call_is_counted_by_its_code(guest: Guest, monkeypa
         "OK": 1,
         "INVALID_ARGUMENT": 1,
         "OUT_OF_RANGE": 1,
+        "NOT_FOUND": 1,
         "FAILED_PRECONDITION": 1,
         "ABORTED": 1,
         "UNAVAILABLE": 2,
