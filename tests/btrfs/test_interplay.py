@@ -33,8 +33,8 @@ LIMIT = 300 * MIB
 
 def _target(daemon: Daemon) -> int:
     """A size that makes about half a gibibyte move."""
-    bounds = daemon.report().bounds
-    return max(bounds.minimum_size, bounds.guaranteed_size - GIB // 2)
+    minimum = daemon.minimum()
+    return max(minimum, daemon.report().bounds.guaranteed_size - GIB // 2)
 
 
 def _aged(make_guest: MakeGuest) -> tuple[Guest, dict[str, str]]:
