@@ -215,9 +215,9 @@ export class GuestCard {
     problem.textContent = "";
     if (!enabled(this.find(".cancel"))) return;
     enable(this.find(".cancel"), false);
+    this.say(`Cancelling the resize of ${this.name}`); // before its end can be heard of
     try {
       await post(`/api/guests/${encodeURIComponent(this.name)}/cancel`, { id: this.job?.id ?? "" });
-      this.say(`Cancelling the resize of ${this.name}`);
     } catch (error) {
       problem.textContent = error.message;
       enable(this.find(".cancel"), true);
