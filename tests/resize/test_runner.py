@@ -156,7 +156,19 @@ def test_a_filesystem_that_was_forced_read_only_is_named(guest: Guest) -> None:
 
 
 def test_a_kill_from_outside_is_a_stop(guest: Guest) -> None:
-    guest.disk.faults.fail("resize", FilesystemError("the resize process was killed", errno.ECANCELED))
+    guest.disk.faults.fail(
+        "resize", FilesystemError("the resize process was killed", errno.ECANCELED, Kind.UNAVAILABLE)
+    )
+    assert guest.run(4 * GIB).outcome is ev.Outcome.STOPPED
+
+
+def test_a_cancel_that_was_meant_for_an_earlier_resize_is_survived(guest: Guest) -> None:
+    guest.disk.faults.fail("resize", FilesystemError("cancelled", errno.ECANCELED))
+    assert guest.run(4 * GIB).outcome is ev.Outcome.SUCCEEDED
+
+
+def test_a_cancel_by_another_hand_stops_it_all_the_same(guest: Guest) -> None:
+    guest.disk.faults.fail("resize", FilesystemError("cancelled", errno.ECANCELED), times=2)
     assert guest.run(4 * GIB).outcome is ev.Outcome.STOPPED
 
 
@@ -219,7 +231,7 @@ def test_nothing_is_healed_that_was_not_tried(guest: Guest) -> None:
 
 def test_a_shrink_that_was_cut_off_is_healed(guest: Guest) -> None:
     # The kernel may go on believing that it has no room: a sector less and back makes it look again.
-    guest.disk.faults.fail("resize", FilesystemError("killed", errno.ECANCELED))
+    guest.disk.faults.fail("resize", FilesystemError("killed", errno.ECANCELED, Kind.UNAVAILABLE))
     assert guest.run(4 * GIB).outcome is ev.Outcome.STOPPED
     assert guest.disk.faults.calls["resize"] == 3
     assert guest.disk.size == 8 * GIB
