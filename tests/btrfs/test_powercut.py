@@ -50,7 +50,7 @@ def test_the_recording_is_worth_cutting(life: Plan, recording: Recording) -> Non
     assert recording.moved > 4 * MIB  # the shrink had to move data
     assert min(sizes) < life.size * 3 // 4
     assert sum(entry.flushes for entry in recording.entries) > 50
-    assert len(recording.ledger.records) > 3
+    assert len(recording.ledger.records) >= 2
     assert powercut.told_too_early(recording) == []
 
 
