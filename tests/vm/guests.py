@@ -1,0 +1,86 @@
+"""A guest as its host sees it: a machine from the saved state, a sparse disk, the daemon as process 1."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from pathlib import Path
+
+from storaged.rpc.proto import vm_guest_pb2
+from tests.vm.host import EMPTY, Host
+from tests.vm.machine import Machine, free_directory
+
+READY_S = 60.0
+CIDS = itertools.count(100)
+SERVE = "/usr/bin/python3 -m storaged serve --config /etc/storaged.toml"
+SETTINGS = """
+[serve]
+listen = ["vsock::8888"]
+notify_host = "host"
+crash_host = "host"
+log_level = "debug"
+state_dir = "/mnt/stateful/.storaged"
+[termina]
+services = []
+"""
+
+
+def blank(path: Path, size: int) -> Path:
+    """A sparse file."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+class VirtualGuest:
+    """One machine with its host's end."""
+
+    def __init__(self, base: Path, state: Path) -> None:
+        self.cid = next(CIDS)
+        self.state = state
+        self.machine = Machine(free_directory(base, str(self.cid)), self.cid)
+        self.host = Host(self.machine.uds)
+        self.disk = ""
+
+    async def begin(self, disk: Path | None = None) -> None:
+        """The machine runs, with its devices; no daemon yet."""
+        await self.machine.wake(self.state)
+        await self.host.listen()
+        await self.machine.add_vsock()
+        if disk is not None:
+            self.disk = await self.machine.add_disk(disk)
+        await self.machine.go()
+
+    async def serve(self, settings: str = SETTINGS) -> None:
+        """The daemon becomes process 1; returns once VmReady came."""
+        await self.machine.run(f"cat >/etc/storaged.toml <<'END'\n{settings}\nEND\necho {SERVE} >/run/next")
+        async with asyncio.timeout(READY_S):
+            await self.host.startup.ready.wait()
+        await self.host.call()
+
+    async def start_termina(self) -> vm_guest_pb2.StartTerminaResponse:
+        """As a host does once per start."""
+        request = vm_guest_pb2.StartTerminaRequest(
+            tremplin_ipv4_address=0x015C7364, lxd_ipv4_subnet="100.115.92.1/28", stateful_device="/dev/vdb"
+        )
+        return await self.host.maitred.StartTermina(request, timeout=150)
+
+    async def status(self) -> vm_guest_pb2.GetResizeStatusResponse:
+        """GetResizeStatus, with the host's deadline."""
+        return await self.host.maitred.GetResizeStatus(EMPTY, timeout=20)
+
+    async def cut_power(self) -> None:
+        """As if somebody pulled the plug."""
+        self.machine.cut_power()
+        await self.close()
+
+    async def close(self) -> None:
+        """Nothing of it is left but files."""
+        await self.host.close()
+        await self.machine.close()
+
+
+def host_bytes(path: Path) -> int:
+    """What a file costs the host."""
+    return os.stat(path).st_blocks * 512
