@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -65,18 +66,22 @@ def real_world(stateful: str, state_dir: str) -> World:
         filesystem = BtrfsFilesystem(stateful)
     except OSError as error:
         raise StoragedError(f"the filesystem at {stateful} cannot be used: {error}", Kind.UNAVAILABLE) from error
-    try:
-        journal = FileJournal(os.path.join(state_dir, filesystem.uuid))
-    except OSError as error:
-        raise ConfigError(f"state directory {state_dir}: {error.strerror}") from error
-    return World(
-        filesystem=filesystem,
-        balloon=BtrfsBalloonFile(filesystem.mountpoint),
-        resizer=ChildResizer(filesystem),
-        sysctl=ProcSysctl(),
-        clock=SystemClock(),
-        journal=journal,
-    )
+    with contextlib.ExitStack() as undo:
+        undo.callback(filesystem.close)
+        try:
+            journal = FileJournal(os.path.join(state_dir, filesystem.uuid))
+        except OSError as error:
+            raise ConfigError(f"state directory {state_dir}: {error.strerror}") from error
+        world = World(
+            filesystem=filesystem,
+            balloon=BtrfsBalloonFile(filesystem.mountpoint),
+            resizer=ChildResizer(filesystem),
+            sysctl=ProcSysctl(),
+            clock=SystemClock(),
+            journal=journal,
+        )
+        undo.pop_all()
+    return world
 
 
 def sim_world(options: Options) -> World:
@@ -217,7 +222,17 @@ async def serve(options: Options) -> None:
             reaper.close()
         await storage.stop(release=settings.serve.release)
     if server.power is not None and server.power.due:
+        _let_go(storage)
         server.power.power_off()
+
+
+def _let_go(storage: StorageService) -> None:
+    """Close what is open on the filesystem: process 1 unmounts it next, and may hold nothing of it."""
+    with contextlib.suppress(StoragedError):  # there was none
+        for part in (storage.world.balloon, storage.world.filesystem):
+            close = getattr(part, "close", None)
+            if close is not None:
+                close()
 
 
 def _react(stop: Callable[[], None], reload: Callable[[], None]) -> None:
@@ -350,7 +365,7 @@ def _watch_capacity(storage: StorageService, loop: asyncio.AbstractEventLoop) ->
     assert isinstance(filesystem, BtrfsFilesystem)
     try:
         monitor = CapacityMonitor(filesystem.device_name, storage.capacity_changed)
-    except OSError as error:
+    except (OSError, ImportError) as error:  # the latter from pyudev, where libudev is not found
         log.warning("no capacity events (%s); a job that waits for its device polls", error)
         return None
     loop.add_reader(monitor.fileno(), monitor.drain)

@@ -67,7 +67,10 @@ class LateStorage:
             if self._halted:
                 await service.halt(self._halted)
             self._service = service
-            await self._begun(service)
+            try:
+                await self._begun(service)
+            except Exception:
+                log.exception("the filesystem is in use, but not all that belongs beside it")
             return True
 
     async def watch_for_it(self) -> None:

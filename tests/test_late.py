@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from storaged import app
+from storaged.btrfs import capacity
+from storaged.btrfs.filesystem import BtrfsFilesystem
 from storaged.core.model import Config, Told
 from storaged.core.ports import World
 from storaged.errors import Kind, StoragedError
@@ -84,3 +92,44 @@ async def test_nothing_begins_after_the_end() -> None:
     later.there = True
     assert not await later.storage.look()
     assert not later.begun
+
+
+def test_looking_for_it_leaves_no_file_open(tmp_path: Path) -> None:
+    def look() -> None:
+        with pytest.raises(StoragedError, match="not a mounted btrfs"):
+            app.real_world("/proc", str(tmp_path))
+
+    look()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        look()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_what_fails_beside_it_is_said_and_does_not_end_it(caplog: pytest.LogCaptureFixture) -> None:
+    later = Later()
+    later.there = True
+
+    async def fails(service: StorageService) -> None:
+        raise ImportError("No library named udev")
+
+    later.storage = LateStorage(later.make, "/mnt/x", Config(), fails)
+    await later.storage.watch_for_it()
+    try:
+        assert "No library named udev" in caplog.text
+        assert await later.storage.as_storage().report(Told.NORMAL, 3 * GIB) == ""
+    finally:
+        await later.storage.stop()
+
+
+async def test_without_libudev_a_job_polls(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def missing(*_: object) -> None:
+        raise ImportError("No library named udev")
+
+    monkeypatch.setattr(capacity, "CapacityMonitor", missing)
+    filesystem = BtrfsFilesystem.__new__(BtrfsFilesystem)
+    filesystem.device_name = "254:16"
+    storage: Any = SimpleNamespace(world=SimpleNamespace(filesystem=filesystem), capacity_changed=None)
+    with caplog.at_level(logging.WARNING):
+        assert app._watch_capacity(cast("StorageService", storage), asyncio.get_running_loop()) is None
+    assert "polls" in caplog.text

@@ -40,16 +40,34 @@ def kernel(what: str) -> Iterator[None]:
         raise FilesystemError(f"{what}: {os.strerror(number)}", number, kind.get(number)) from error
 
 
+def _check_btrfs(path: str) -> None:
+    """Raise OSError unless there is a btrfs: the library would leave the file open that it finds this out with."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        btrfs.ioctl.fs_info(fd)
+    finally:
+        os.close(fd)
+
+
 class BtrfsFilesystem:
     """A mounted btrfs on one device. Raises Unsupported when it is something else."""
 
     def __init__(self, mountpoint: str) -> None:
         self._mountpoint = os.path.realpath(mountpoint)
         try:
+            _check_btrfs(self._mountpoint)
             self._fs = btrfs.FileSystem(self._mountpoint)
-            info = self._fs.fs_info()
         except OSError as error:
             raise Unsupported(f"{mountpoint} is not a mounted btrfs filesystem: {error.strerror}") from error
+        self._files: dict[str, int] = {}
+        try:
+            self._identify(mountpoint)
+        except BaseException:
+            self.close()  # whoever waits for a filesystem comes here again and again
+            raise
+
+    def _identify(self, mountpoint: str) -> None:
+        info = self._fs.fs_info()
         self.fd: int = self._fs.fd
         self._uuid = str(info.fsid)
         if info.num_devices != 1:
@@ -60,7 +78,6 @@ class BtrfsFilesystem:
         self.device_name = f"{os.major(number)}:{os.minor(number)}"
         self._block = f"/sys/dev/block/{self.device_name}"
         self._sysfs = f"/sys/fs/btrfs/{self._uuid}"
-        self._files: dict[str, int] = {}
         self._mixed = os.path.isdir(f"{self._sysfs}/allocation/mixed")
 
     def close(self) -> None:

@@ -6,16 +6,27 @@ import asyncio
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.vm import image, parts
-from tests.vm.guests import VirtualGuest
-from tests.vm.machine import Machine, free_directory
+from tests.vm.guests import SERVES, VirtualGuest, settings_script
+from tests.vm.machine import Machine, free_directory, until
 
 MakeGuest = Callable[[], VirtualGuest]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Where a machine can begin."""
+
+    booted: Path
+    """It waits for its process 1."""
+    serving: Path
+    """The daemon is process 1, and waits for its filesystem."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,14 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def saved() -> Iterator[Path]:
-    """The state of a machine that booted and waits for its process 1."""
+def saved() -> Iterator[Saved]:
+    """A machine is booted once, and saved before and after its daemon starts."""
     directory = Path(tempfile.mkdtemp(prefix="storaged-vm-"))
     try:
         image.disk()
         image.initramfs()
         asyncio.run(_save(directory))
-        yield directory / "state"
+        yield Saved(directory / "booted", directory / "serving")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -45,7 +56,11 @@ async def _save(directory: Path) -> None:
         await machine.power_on()
         await machine.booted()
         booted = time.monotonic()
-        await machine.save(directory / "state")
+        await machine.save(directory / "booted")
+        await machine.go()
+        await machine.run(settings_script())
+        await until(lambda: SERVES in machine.console_path.read_bytes(), 60, "the daemon serves")
+        await machine.save(directory / "serving")
     except BaseException:
         print(machine.says())
         raise
@@ -63,12 +78,12 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture
-async def make_guest(saved: Path, place: Path) -> AsyncIterator[MakeGuest]:
+async def make_guest(saved: Saved, place: Path) -> AsyncIterator[MakeGuest]:
     """`make_guest()`: a machine of its own, gone after the test; what it said is shown when the test failed."""
     guests: list[VirtualGuest] = []
 
     def make() -> VirtualGuest:
-        guests.append(VirtualGuest(place, saved))
+        guests.append(VirtualGuest(place, saved.booted, saved.serving))
         return guests[-1]
 
     yield make

@@ -19,11 +19,19 @@ SETTINGS = """
 listen = ["vsock::8888"]
 notify_host = "host"
 crash_host = "host"
-log_level = "debug"
 state_dir = "/mnt/stateful/.storaged"
+[notify]
+most_s = 0.5
 [termina]
 services = []
 """
+SERVES = b"serves what will be mounted"
+"""What the daemon says once it does."""
+
+
+def settings_script(settings: str = SETTINGS) -> str:
+    """For the agent: the daemon becomes process 1."""
+    return f"cat >/etc/storaged.toml <<'END'\n{settings}\nEND\necho {SERVE} >/run/next"
 
 
 def blank(path: Path, size: int) -> Path:
@@ -36,25 +44,39 @@ def blank(path: Path, size: int) -> Path:
 class VirtualGuest:
     """One machine with its host's end."""
 
-    def __init__(self, base: Path, state: Path) -> None:
+    def __init__(self, base: Path, booted: Path, serving: Path) -> None:
         self.cid = next(CIDS)
-        self.state = state
+        self._booted = booted
+        self._serving = serving
         self.machine = Machine(free_directory(base, str(self.cid)), self.cid)
         self.host = Host(self.machine.uds)
         self.disk = ""
 
     async def begin(self, disk: Path | None = None) -> None:
         """The machine runs, with its devices; no daemon yet."""
-        await self.machine.wake(self.state)
+        await self._wake(self._booted, disk)
+
+    async def begin_serving(self, disk: Path | None = None) -> None:
+        """The same with the daemon that waits for its filesystem; returns once VmReady came."""
+        await self._wake(self._serving, disk)
+        await self._hear()
+
+    async def _wake(self, state: Path, disk: Path | None) -> None:
+        await self.machine.wake(state)
         await self.host.listen()
         await self.machine.add_vsock()
         if disk is not None:
             self.disk = await self.machine.add_disk(disk)
         await self.machine.go()
+        if disk is not None:
+            await self.machine.run("until test -b /dev/vdb; do sleep 0.05; done")
 
     async def serve(self, settings: str = SETTINGS) -> None:
         """The daemon becomes process 1; returns once VmReady came."""
-        await self.machine.run(f"cat >/etc/storaged.toml <<'END'\n{settings}\nEND\necho {SERVE} >/run/next")
+        await self.machine.run(settings_script(settings))
+        await self._hear()
+
+    async def _hear(self) -> None:
         async with asyncio.timeout(READY_S):
             await self.host.startup.ready.wait()
         await self.host.call()
