@@ -83,6 +83,8 @@ async def make_guest(saved: Saved, place: Path) -> AsyncIterator[MakeGuest]:
     guests: list[VirtualGuest] = []
 
     def make() -> VirtualGuest:
+        for one in [one for one in guests if one.over]:
+            guests.remove(one)
         guests.append(VirtualGuest(place, saved.booted, saved.serving))
         return guests[-1]
 

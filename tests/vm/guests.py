@@ -7,7 +7,7 @@ import itertools
 import os
 from pathlib import Path
 
-from storaged.rpc.proto import vm_guest_pb2
+from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from tests.vm.host import EMPTY, Host
 from tests.vm.machine import Machine, free_directory
 
@@ -51,6 +51,8 @@ class VirtualGuest:
         self.machine = Machine(free_directory(base, str(self.cid)), self.cid)
         self.host = Host(self.machine.uds)
         self.disk = ""
+        self.over = False
+        """Its power was cut on purpose."""
 
     async def begin(self, disk: Path | None = None) -> None:
         """The machine runs, with its devices; no daemon yet."""
@@ -92,10 +94,37 @@ class VirtualGuest:
         """GetResizeStatus, with the host's deadline."""
         return await self.host.maitred.GetResizeStatus(EMPTY, timeout=20)
 
+    async def resize(self, size: int) -> None:
+        """ResizeFilesystem, as a host calls it."""
+        await self.host.maitred.ResizeFilesystem(vm_guest_pb2.ResizeFilesystemRequest(size=size), timeout=20)
+
+    async def resized(self, size: int, within_s: float = 90.0) -> None:
+        """Returns once the host would be content. Raises AssertionError with the daemon's reason when it would not."""
+        async with asyncio.timeout(within_s):
+            while (status := await self.status()).resize_in_progress:
+                await asyncio.sleep(0.1)
+        if status.current_size != size:
+            report = await self.host.storage.GetReport(storaged_v1_pb2.GetReportRequest(), timeout=20)
+            raise AssertionError(f"{status.current_size} is not {size}: {report.job}")
+
+    async def tell_free(self, free: int) -> bool:
+        """UpdateStorageBalloon; true when the guest holds to it."""
+        state = vm_guest_pb2.DISK_NORMAL if free > 2 << 30 else vm_guest_pb2.DISK_LOW
+        if free <= 1 << 30:
+            state = vm_guest_pb2.DISK_CRITICAL
+        request = vm_guest_pb2.UpdateStorageBalloonRequest(state=state, free_space_bytes=free)
+        answer = await self.host.maitred.UpdateStorageBalloon(request, timeout=20)
+        return bool(answer.result == vm_guest_pb2.SUCCESS)
+
+    async def available(self) -> int:
+        """GetAvailableSpace."""
+        return int((await self.host.maitred.GetAvailableSpace(EMPTY, timeout=20)).available_space)
+
     async def cut_power(self) -> None:
         """As if somebody pulled the plug."""
         self.machine.cut_power()
         await self.close()
+        self.over = True
 
     async def close(self) -> None:
         """Nothing of it is left but files."""

@@ -47,6 +47,10 @@ class Machine:
         self._agent: asyncio.StreamWriter
         self._listening: asyncio.Task[None] | None = None
         self._disks = itertools.count()
+        self.records = 0
+        """How many records the guest made durable, from `keep_writing`."""
+        self.stopped_by = 0
+        """The errno that ended `keep_writing`."""
 
     # --- life ---
 
@@ -187,6 +191,9 @@ class Machine:
                 answer = json.loads(line)
                 if answer["id"] == 0:
                     self._ready.set()
+                elif answer["id"] == -1:
+                    self.records = answer.get("record", self.records - 1) + 1
+                    self.stopped_by = answer.get("stopped", 0)
                 elif (waiting := self._waiting.pop(answer["id"], None)) is not None and not waiting.done():
                     waiting.set_result(answer)
 
@@ -195,13 +202,25 @@ class Machine:
         async with asyncio.timeout(BOOT_S):
             await self._ready.wait()
 
-    async def run(self, script: str, *, within_s: float = AGENT_S, check: bool = True) -> str:
-        """What a shell script in the guest printed. Raises AssertionError when it failed."""
+    async def _ask(self, within_s: float, **asked: str) -> dict[str, Any]:
         number = next(self._ids)
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self._agent.write(json.dumps({"id": number, "run": script}).encode() + b"\n")
+        self._agent.write(json.dumps({"id": number, **asked}).encode() + b"\n")
         async with asyncio.timeout(within_s):
-            answer = await waiting
+            return await waiting
+
+    def keep_writing(self, directory: str) -> None:
+        """The guest writes record after record from now on, each durable before it is told."""
+        self.records = self.stopped_by = 0
+        self._agent.write(json.dumps({"id": next(self._ids), "keep_writing": directory}).encode() + b"\n")
+
+    async def intact(self, directory: str) -> set[int]:
+        """The records that are there as they were written."""
+        return set((await self._ask(AGENT_S, intact=directory))["found"])
+
+    async def run(self, script: str, *, within_s: float = AGENT_S, check: bool = True) -> str:
+        """What a shell script in the guest printed. Raises AssertionError when it failed."""
+        answer = await self._ask(within_s, run=script)
         text: str = answer["out"]
         assert not check or answer["code"] == 0, f"{script}\nexit code {answer['code']}: {text}"
         return text.strip()
