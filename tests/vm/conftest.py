@@ -6,8 +6,8 @@ import asyncio
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest

@@ -115,7 +115,8 @@ class Machine:
         await self.qmp("migrate", uri=f"exec:cat >{state}")
         deadline = time.monotonic() + BOOT_S
         while (found := await self.qmp("query-migrate"))["status"] != "completed":
-            assert found["status"] != "failed" and time.monotonic() < deadline, found
+            assert found["status"] != "failed", found
+            assert time.monotonic() < deadline, found
             await asyncio.sleep(0.05)
 
     async def go(self) -> None:
@@ -126,6 +127,14 @@ class Machine:
         """QEMU's exit code once the guest has turned its power off."""
         await until(lambda: self.qemu.poll() is not None, within_s, "the machine's end")
         return self.qemu.wait()
+
+    def stand_still(self) -> None:
+        """Nothing in the machine moves. Not QMP's stop: the vsock device would forget its connections."""
+        self.qemu.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """It moves again."""
+        self.qemu.send_signal(signal.SIGCONT)
 
     def cut_power(self) -> None:
         """The end of the process, at once."""
@@ -146,11 +155,11 @@ class Machine:
 
     def says(self) -> str:
         """What a person needs when a test failed: the guest's console with the daemon's log, and QEMU's words."""
-        parts = []
-        for path in (self.console_path, self.directory / "qemu.log", self.directory / "vsock.log"):
-            if path.exists() and (text := path.read_bytes().decode(errors="replace").strip()):
-                parts.append(f"---- {path.name} of guest {self.cid}\n{text[-12000:]}")
-        return "\n".join(parts)
+        return "\n".join(
+            f"---- {path.name} of guest {self.cid}\n{text[-12000:]}"
+            for path in (self.console_path, self.directory / "qemu.log", self.directory / "vsock.log")
+            if path.exists() and (text := path.read_bytes().decode(errors="replace").strip())
+        )
 
     # --- devices ---
 

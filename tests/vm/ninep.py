@@ -23,7 +23,7 @@ def why_not() -> str:
 
 def named(message: bytes, name: str) -> bytes:
     """The message; an attach that names nothing now names `name`: a host's server has one thing to serve, diod many."""
-    size, kind, tag = HEADER.unpack_from(message)
+    _, kind, tag = HEADER.unpack_from(message)
     if kind != TATTACH:
         return message
     user = struct.unpack_from("<H", message, 15)[0]

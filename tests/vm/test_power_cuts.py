@@ -137,7 +137,13 @@ class Cuts:
             while not await guest.tell_free(TOLD):
                 self.found["inflate: had to be told again after the boot"] += 1
                 await asyncio.sleep(1)
-        assert await guest.available() <= TOLD - GIB + MIB
+        # Such a balance also gives back a chunk that was out of use, which may be one too many, for a moment.
+        chunk = (await guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20)).filesystem.data_chunk_bytes
+        async with asyncio.timeout(30):
+            while (available := await guest.available()) > TOLD - GIB + MIB:
+                assert available <= TOLD - GIB + chunk + MIB, (available, chunk)
+                self.found["inflate: a chunk too many for a moment"] += 1
+                await asyncio.sleep(1)
         await guest.cut_power()
 
     async def _boot(self, disk: Path) -> VirtualGuest:

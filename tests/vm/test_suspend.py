@@ -6,6 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -41,9 +42,9 @@ async def test_a_standstill_in_the_middle_of_a_shrink(make_guest: MakeGuest, pla
     base = await asyncio.to_thread(make_base, place / "stateful")
     guest = make_guest()
     target = await shrinking(guest, base)
-    await guest.machine.qmp("stop")
+    guest.machine.stand_still()
     await asyncio.sleep(5)
-    await guest.machine.go()
+    guest.machine.go_on()
     now = int(time.time()) + off_by
     await guest.host.maitred.SetTime(vm.SetTimeRequest(time=Timestamp(seconds=now)), timeout=20)
     assert abs(int(await guest.machine.run("date +%s")) - now) < 60
@@ -66,16 +67,18 @@ async def test_a_sleep_that_was_announced(make_guest: MakeGuest, place: Path) ->
     target = await shrinking(guest, base)
     await guest.host.maitred.PrepareToSuspend(EMPTY, timeout=20)
     assert not (await guest.status()).resize_in_progress, "it ended at a committed step"
-    await guest.machine.qmp("stop")
+    guest.machine.stand_still()
     # What is on the disk now is whole: the host may as well keep the machine for ever.
     copy = place / "copy"
     await asyncio.to_thread(run, "cp", "--sparse=always", base.path, copy)
     await asyncio.to_thread(check, copy, base)
-    await guest.machine.go()
+    guest.machine.go_on()
     async with asyncio.timeout(30):
         while True:  # no resize starts for a while
-            await guest.resize(target) if not (await guest.status()).resize_in_progress else None
-            if (await guest.status()).resize_in_progress or (await guest.status()).current_size == target:
+            try:
+                await guest.resize(target)
                 break
-            await asyncio.sleep(1)
+            except grpc.aio.AioRpcError as error:
+                assert "sleep" in str(error.details()), error.details()
+                await asyncio.sleep(1)
     await guest.resized(target)
