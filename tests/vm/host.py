@@ -57,6 +57,9 @@ class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
         self.ready.set()
         return EMPTY
 
+    async def VmInstallStatus(self, request: Any, context: Any) -> common_pb2.EmptyMessage:  # noqa: N802
+        return EMPTY
+
 
 class _Crashes(vm_crash_pb2_grpc.CrashListenerServicer):
     def __init__(self) -> None:
@@ -83,12 +86,10 @@ class Host:
 
     async def listen(self) -> None:
         """Before the guest's daemon starts."""
-        for port, add in (
-            (READY_PORT, lambda it: vm_host_pb2_grpc.add_StartupListenerServicer_to_server(self.startup, it)),
-            (CRASH_PORT, lambda it: vm_crash_pb2_grpc.add_CrashListenerServicer_to_server(self.crashes, it)),
-        ):
-            server = grpc.aio.server()
-            add(server)
+        startup, crashes = grpc.aio.server(), grpc.aio.server()
+        vm_host_pb2_grpc.add_StartupListenerServicer_to_server(self.startup, startup)
+        vm_crash_pb2_grpc.add_CrashListenerServicer_to_server(self.crashes, crashes)
+        for port, server in ((READY_PORT, startup), (CRASH_PORT, crashes)):
             server.add_insecure_port(f"unix:{self.uds}_{port}")
             await server.start()
             self._servers.append(server)

@@ -216,7 +216,8 @@ class Machine:
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._agent.write(json.dumps({"id": number, **asked}).encode() + b"\n")
         async with asyncio.timeout(within_s):
-            return await waiting
+            answer: dict[str, Any] = await waiting
+            return answer
 
     def keep_writing(self, directory: str) -> None:
         """The guest writes record after record from now on, each durable before it is told."""

@@ -132,7 +132,7 @@ class Cuts:
         await self._settled(guest, "inflate", durable, LARGER, LARGER)
         balloon = (await guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20)).balloon
         self.found[f"inflate: {'nothing' if not balloon.size_bytes else 'balloon'} there after the boot"] += 1
-        # A balance that the cut interrupted is taken up again by the kernel itself at mount, and the balloon waits for it.
+        # A balance that the cut interrupted is taken up again by the kernel at mount, and the balloon waits for it.
         async with asyncio.timeout(60):
             while not await guest.tell_free(TOLD):
                 self.found["inflate: had to be told again after the boot"] += 1
@@ -172,7 +172,7 @@ class Cuts:
                 await asyncio.sleep(0.1)
         assert least <= status.current_size <= most, (what, status)
         report = await guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20)
-        assert report.filesystem.size_bytes == status.current_size or status.current_size == least
+        assert status.current_size in {report.filesystem.size_bytes, least}
         assert not report.filesystem.read_only
         if durable:
             lost = set(range(durable)) - await guest.machine.intact(RECORDS)
