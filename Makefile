@@ -9,7 +9,7 @@ RUFF  := $(PY) -m ruff
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz soak adversary lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
+.PHONY: help setup demo test test-long test-vm test-vm-long fuzz soak adversary lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
 	lock clean
 
 help: ## Show this list
@@ -30,6 +30,14 @@ test-long: setup ## Run the slow tests too
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory proto-check
 	@LONG=1 JOBS=$(JOBS) tools/test.sh $(ARGS)
+
+test-vm: setup ## Run the tests in a virtual machine (QEMU, Debian's kernel), or say in one line why not
+	@tools/vm.sh || echo 'test-vm: some parts cannot be had; the tests are skipped'
+	@$(PY) -m pytest -q -m "vm and not slow" tests/vm $(ARGS)
+
+test-vm-long: setup ## The same with two hundred power cuts of each kind: about an hour
+	@tools/vm.sh || echo 'test-vm: some parts cannot be had; the tests are skipped'
+	@$(PY) -m pytest -q -m vm -rP tests/vm $(ARGS)
 
 lint: setup ## Check style, formatting, types, who imports whom, and the generated docs
 	@$(RUFF) check --quiet --output-format concise $(PATHS)

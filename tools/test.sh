@@ -29,7 +29,7 @@ part() {
     if ((status == 2)); then exit 2; fi # interrupted
 }
 
-part "without a real filesystem" "not btrfs$and_not_slow" -n "${JOBS:-2}" "$@"
-part "on btrfs, one at a time" "btrfs$and_not_slow" ${LONG:+-rP} "$@"
+part "without a real filesystem" "not btrfs and not vm$and_not_slow" -n "${JOBS:-2}" "$@"
+part "on btrfs, one at a time" "btrfs and not vm$and_not_slow" ${LONG:+-rP} "$@"
 if [[ -z ${LONG:-} ]]; then echo "test: left out the slow tests; \`make test-long\` runs them"; fi
 exit "$failed"
