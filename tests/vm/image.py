@@ -64,7 +64,7 @@ def disk() -> Path:
             (tree / name).symlink_to(f"usr/{name}")
         for deb in debs:
             with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as unpack:
-                into = ["tar", "-x", "--keep-directory-symlink", "-C", tree]
+                into = ["tar", "-x", "--keep-directory-symlink", "-C", str(tree)]
                 subprocess.run(into, stdin=unpack.stdout, check=True, capture_output=True)
         for name in ("proc", "sys", "dev", "run", "tmp", "mnt/stateful", "opt/site", "var/lib/storaged", "root"):
             (tree / name).mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,8 @@ def disk() -> Path:
             shutil.rmtree(tree / name, ignore_errors=True)
         _run("ldconfig", "-r", tree)
         image = Path(work) / "disk.img"
-        with image.open("wb") as file:
-            file.truncate(IMAGE_MIB << 20)
+        with image.open("wb") as sparse:
+            sparse.truncate(IMAGE_MIB << 20)
         _run("mkfs.ext4", "-q", "-O", "^has_journal", "-d", tree, image)
         image.rename(made)
     return made
@@ -132,7 +132,7 @@ def initramfs() -> Path:
         archive = Path(work) / "archive"
         names = b"\0".join(os.fsencode(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
         with archive.open("wb") as out:
-            pack = [tree / "bin/busybox", "cpio", "-o", "-0", "-H", "newc"]
+            pack = [str(tree / "bin/busybox"), "cpio", "-o", "-0", "-H", "newc"]
             subprocess.run(pack, input=names, stdout=out, stderr=subprocess.DEVNULL, cwd=tree, check=True)
         archive.rename(made)
     return made
