@@ -86,8 +86,8 @@ def disk() -> Path:
             shutil.rmtree(tree / name, ignore_errors=True)
         _run("ldconfig", "-r", tree)
         image = Path(work) / "disk.img"
-        with image.open("wb") as blank:
-            blank.truncate(IMAGE_MIB << 20)
+        with image.open("wb") as sparse:
+            sparse.truncate(IMAGE_MIB << 20)
         _run("mkfs.ext4", "-q", "-O", "^has_journal", "-d", tree, image)
         image.rename(made)
     return made
