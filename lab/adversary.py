@@ -27,6 +27,7 @@ from pathlib import Path
 from lab.daemon import Daemon
 from lab.loop import Guest, clear, run, workspace
 from lab.recovery import QUIET
+from storaged.host.watch import FilesystemSource
 from storaged.units import GIB, MIB
 
 DISK = 3 * GIB
@@ -133,11 +134,6 @@ class Host:
             self._process.send_signal(number)
             self._process.wait(20)
             self._process = None
-
-
-def _free(pool: Path) -> int:
-    stats = os.statvfs(pool)
-    return stats.f_bavail * stats.f_frsize
 
 
 def _burst(pool: Path, dice: random.Random, figures: Figures) -> None:
@@ -250,7 +246,7 @@ class _Storm:
         threads.append(_again(lambda _: _burst(self.pool, bursts, self.figures), over))
         kill_at = time.monotonic() + self.dice.uniform(2, 6)
         while not ends():
-            free = _free(self.pool)
+            free = FilesystemSource(str(self.pool)).free()
             self.figures.least_free = min(self.figures.least_free, free)
             self.figures.host_full += free == 0
             if self.host is not None and time.monotonic() >= kill_at:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from storaged.host import encode
 from storaged.host.controller import Controller
 from storaged.host.history import History, Point
 from storaged.host.model import State, books
-from storaged.host.watch import logical
+from storaged.host.watch import capacity, logical
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_host_v1_pb2_grpc
 
@@ -178,12 +177,10 @@ def _look(pools: Mapping[str, str], images: Collection[str]) -> tuple[dict[str, 
     totals = {}
     for name, path in pools.items():
         with contextlib.suppress(OSError):
-            stats = os.statvfs(path)
-            totals[name] = stats.f_blocks * stats.f_frsize
+            totals[name] = capacity(path)
     return totals, {image: logical(image) for image in images}
 
 
 def _point(state: State) -> Point:
     account = books(state)
-    promised = account.promised + account.unbound
-    return Point(time.time(), account.free, account.reserve, promised, state.pool.pressure.level)
+    return Point(time.time(), account.free, account.reserve, account.set_aside, state.pool.pressure.level)

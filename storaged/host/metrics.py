@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -18,6 +17,7 @@ from prometheus_client.utils import floatToGoString
 from storaged.host.controller import Controller
 from storaged.host.levels import Level
 from storaged.host.model import Presence, State, books
+from storaged.host.watch import capacity
 
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Seconds from a crossing to the last guest's answer; the goal for a thousand guests is 0.25."""
@@ -106,7 +106,7 @@ class HostCollector(Collector):
                 _size(watched.controller.pool.path),
                 account.free,
                 account.reserve,
-                account.promised + account.unbound,
+                account.set_aside,
             )
             for family, value in zip(families.values(), values, strict=True):
                 family.add_metric([name], value)
@@ -143,9 +143,8 @@ class HostCollector(Collector):
 
 
 def _size(path: str) -> int:
-    """Bytes of the pool; 0 when it cannot be read. In the scraper's thread, which alone waits for a pool that hangs."""
+    """0 when the pool cannot be read. In the scraper's thread, which alone waits for a pool that hangs."""
     try:
-        stats = os.statvfs(path)
+        return capacity(path)
     except OSError:
         return 0
-    return stats.f_blocks * stats.f_frsize

@@ -87,9 +87,14 @@ class Books:
     unbound: int
 
     @property
+    def set_aside(self) -> int:
+        """All that guests may still write, by promise or because nothing bounds them."""
+        return self.promised + self.unbound
+
+    @property
     def slack(self) -> int:
         """What is promised to nobody; negative when too much is promised."""
-        return self.free - self.reserve - self.promised - self.unbound
+        return self.free - self.reserve - self.set_aside
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,12 @@ class FilesystemSource:
         return stats.f_bavail * stats.f_frsize
 
 
+def capacity(path: str) -> int:
+    """Bytes of the filesystem mounted at `path`. Raises OSError."""
+    stats = os.statvfs(path)
+    return stats.f_blocks * stats.f_frsize
+
+
 def thin_pool_free(status: str, table: str) -> int:
     """Free data bytes from what `dmsetup status` and `dmsetup table` print for a thin pool. Raises PoolError.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -14,14 +13,10 @@ import pytest
 
 from lab.daemon import Daemon
 from lab.loop import Guest, fill, run
+from storaged.host.watch import FilesystemSource
 from storaged.units import GIB, MIB
 
 RESERVE = 512 * MIB
-
-
-def _free(path: Path) -> int:
-    stats = os.statvfs(path)
-    return stats.f_bavail * stats.f_frsize
 
 
 @pytest.mark.slow
@@ -48,7 +43,7 @@ def test_a_guest_that_writes_all_it_can_leaves_the_reserve_alone(pool: Path) -> 
                     assert time.monotonic() < ends, (pool / "host.log").read_text()
                     time.sleep(0.2)
                 time.sleep(2)
-                assert a.available() + b.available() <= _free(pool) - RESERVE + 16 * MIB
+                assert a.available() + b.available() <= FilesystemSource(str(pool)).free() - RESERVE + 16 * MIB
                 written = 0
                 for turn in range(40):  # as an application that tries again a little later
                     wrote, number = fill(guests["a"].mountpoint / f"data{turn}")
@@ -58,7 +53,7 @@ def test_a_guest_that_writes_all_it_can_leaves_the_reserve_alone(pool: Path) -> 
                         break
                     time.sleep(1)
                 run("sync", "-f", guests["a"].mountpoint)
-                assert _free(pool) >= RESERVE - 64 * MIB
+                assert FilesystemSource(str(pool)).free() >= RESERVE - 64 * MIB
                 assert written > GIB, "most of what there was could be had"
                 assert b.available() > 16 * MIB, "and not all of it by one"
             finally:
