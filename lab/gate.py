@@ -1,4 +1,4 @@
-"""The gate a shrink must pass: random filesystems, each shrunk once to the size that is promised.
+"""The gate a shrink must pass: random filesystems, each shrunk to the size that is promised, then as far as it goes.
 
 For every layout: the promise is kept, the filesystem is never forced read-only, it takes writes afterwards up to what
 statvfs shows, no file is damaged, `btrfs check` is clean. Run `python -m lab.gate FIRST COUNT` for a table.
@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from storaged.core import events as ev
 from storaged.errors import FilesystemError
 from storaged.resize.bounds import Bounds, compute
 from storaged.resize.job import Job
+from storaged.resize.layout import KERNEL_MINIMUM
 from storaged.resize.runner import ResizeRunner
 from storaged.units import GIB, MIB
 
@@ -44,6 +45,7 @@ class Verdict:
     guaranteed: int
     min_dev_size: int
     reached: int
+    """After a second job, which goes below the bound as far as it can."""
     brute_force: int | None
     moved: int
     seconds: float
@@ -61,11 +63,6 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
     engine = BalloonEngine(filesystem, balloon)
     resizer = ChildResizer(filesystem)
     faults: list[str] = []
-    told: list[ev.JobEnded] = []
-
-    def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
-        if isinstance(event, ev.JobEnded):
-            told.append(event)
 
     def settle() -> None:
         if plan.limit is not None:
@@ -86,18 +83,17 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
         bounds: Bounds = compute(engine.layout(), engine.longest())
         took = time.monotonic() - begun
         brute = _brute_force(guest, engine, bounds.minimum) if brute_force and plan.size <= BRUTE_FORCE_UP_TO else None
-        job = Job("gate", bounds.minimum, plan.size, plan.size)
         begun = time.monotonic()
-        ResizeRunner(filesystem, resizer, engine, SystemClock()).run(job, tell, settle)
+        runner = ResizeRunner(filesystem, resizer, engine, SystemClock())
+        moved, wrong = _resized(runner, filesystem, bounds.minimum, settle)
+        faults += wrong
         seconds = time.monotonic() - begun
-        end, reached = told[0], filesystem.size()
-        if end.outcome is not ev.Outcome.SUCCEEDED or reached != bounds.minimum:
-            faults.append(f"promised {bounds.minimum}, reached {reached}: {end.reason}")
+        reached = filesystem.size()
         if filesystem.read_only():
             faults.append("forced read-only")
         else:
             engine.hold(None)
-            if bounds.minimum < plan.size:  # else nothing was done, and what is wrong was so before
+            if reached < plan.size:  # else nothing was done, and what is wrong was so before
                 faults += _false_enospc(guest, filesystem)
         after = fingerprints(guest.mountpoint)
         after.pop("afterwards", None)
@@ -113,8 +109,31 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
         faults.append(f"btrfs check: {str(error)[-200:]}")
     guest.close()
     return Verdict(
-        plan, used, bounds.minimum, bounds.guaranteed, least, reached, brute, end.moved, seconds, took, tuple(faults)
+        *(plan, used, bounds.minimum, bounds.guaranteed, least, reached, brute, moved, seconds, took), tuple(faults)
     )
+
+
+def _resized(
+    runner: ResizeRunner, filesystem: BtrfsFilesystem, promised: int, settle: Callable[[], None]
+) -> tuple[int, list[str]]:
+    """A job to what was promised, then one as far as it goes; bytes moved, and what went wrong."""
+    told: list[ev.JobEnded] = []
+    faults = []
+
+    def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
+        if isinstance(event, ev.JobEnded):
+            told.append(event)
+
+    before = filesystem.size()
+    runner.run(Job("promised", promised, before, before), tell, settle)
+    size = filesystem.size()
+    if told[0].outcome is not ev.Outcome.SUCCEEDED or size != promised:
+        faults.append(f"promised {promised}, reached {size}: {told[0].reason}")
+    if size > KERNEL_MINIMUM:
+        runner.run(Job("further", KERNEL_MINIMUM, size, size, best_effort=True), tell, settle)
+    if told[-1].outcome is not ev.Outcome.SUCCEEDED or filesystem.size() > size:
+        faults.append(f"went from {size} to {filesystem.size()}: {told[-1].reason}")
+    return sum(end.moved for end in told), faults
 
 
 def _brute_force(guest: Guest, engine: BalloonEngine, bound: int) -> int:
@@ -199,6 +218,7 @@ def main(first: int, count: int) -> int:
         verdicts.append(verdict)
         print(
             f"{verdict.plan}: used {verdict.used // MIB} bound {verdict.bound // MIB}"
+            f" reached {verdict.reached // MIB}"
             f" guaranteed {verdict.guaranteed // MIB} min-dev-size {verdict.min_dev_size // MIB}"
             f" brute force {'-' if verdict.brute_force is None else verdict.brute_force // MIB}"
             f" moved {verdict.moved // MIB} in {verdict.seconds:.2f} s (bounds {verdict.bounds_seconds * 1e3:.0f} ms)"

@@ -25,6 +25,7 @@ import grpc
 from lab.daemon import Daemon
 from lab.loop import Guest, memory, private_mounts, sweep, workspace
 from lab.recovery import QUIET, Recovery, damaged_records, digest_of, record_at, size_of, spread, write_durably
+from storaged.resize.layout import KERNEL_MINIMUM
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, KIB, MIB
 
@@ -122,7 +123,7 @@ class Tally:
             return ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
 
         return (
-            f"{sum(self.kills.values())} kills ({list_of(self.kills)}), {self.resizing} of them in the kernel's resize;"
+            f"{sum(self.kills.values())} kills ({list_of(self.kills)}), {self.resizing} of them in the kernel's work;"
             f" jobs: {list_of(self.outcomes)}; {self.records} fsynced records; btrfs check {self.checks} times;"
             f" slowest start {self.slowest_s:.2f} s; faults: {len(self.faults)}"
         )
@@ -172,7 +173,7 @@ class Killer:
         victims = dice.choice(["daemon", "daemon", "child", "both"])
         time.sleep(dice.choice([0.0, dice.uniform(0, 0.01), dice.uniform(0, 0.3)]))
         self.tally.kills[f"{victims} in {what}"] += 1
-        self.tally.resizing += self._exclusive.read_text(encoding="ascii").strip() == "resize"
+        self.tally.resizing += self._exclusive.read_text(encoding="ascii").strip() in ("resize", "balance")
         faults = []
         if victims != "daemon":
             for pid in children:
@@ -193,7 +194,7 @@ class Killer:
         recovery = Recovery(daemon, self._root)
         faults += recovery.truthful()
         job = daemon.report().job
-        if what in ("shrink", "grow"):
+        if what in ("shrink", "grow", "best effort"):
             self.tally.outcomes[f"{what} {storaged_v1_pb2.JobState.Name(job.state)}"] += 1
         faults += recovery.protected()
         if number % ALL_EVERY == 0:
@@ -210,6 +211,10 @@ class Killer:
             if size < SIZE * 3 // 4:
                 daemon.maitred.ResizeFilesystem.future(vm_guest_pb2.ResizeFilesystemRequest(size=SIZE), timeout=10)
                 return "grow"
+            if dice.random() < 0.4:
+                further = storaged_v1_pb2.ResizeRequest(size_bytes=KERNEL_MINIMUM, best_effort=True)
+                daemon.storage.Resize.future(further, timeout=10)
+                return "best effort"
             with contextlib.suppress(grpc.RpcError):  # below the minimum, which moves with what is written
                 least = daemon.minimum()
                 daemon.resize(least + dice.randrange(0, max((size - least) // 2, 1)))

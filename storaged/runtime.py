@@ -203,17 +203,39 @@ class StorageService:
             return f"the disk did not answer within {ANSWER_WITHIN_S:g} s; still trying"
         return reason
 
-    async def resize(self, size: int) -> bool:
-        """Start a resize job. False when one is running already; StoragedError when it is refused."""
+    async def resize(self, size: int, *, best_effort: bool = False) -> bool:
+        """Start a resize job. False when one is running already; StoragedError when it is refused.
+
+        With `best_effort` a shrink goes below the minimum as far as it can, and ends well wherever that is.
+        """
         facts = await self._facts(size)
         if self._halted:
             raise StoragedError(f"no resize starts now: {self._halted}", Kind.UNAVAILABLE)
         clock = self._world.clock
-        event = ev.ResizeRequested(size, uuid.uuid4().hex[:12], facts, clock.monotonic(), clock.wall())
+        event = ev.ResizeRequested(size, uuid.uuid4().hex[:12], facts, clock.monotonic(), clock.wall(), best_effort)
         answer = await self._ask(event)
         if isinstance(answer, ev.RefuseResize):
             raise StoragedError(answer.message, answer.kind)
         return not answer.already
+
+    async def retarget(self, size: int, *, best_effort: bool = False) -> Job:
+        """As `resize`, after the job that runs was cancelled; the new one. What would be refused cancels nothing."""
+        known = self._bounds if self._state.active_job is not None else None
+        if known is not None:
+            now = ev.Facts(self.current_size(), self.snapshot.space.device, known.minimum, known.why)
+            refused = machine.refusal(size, now, self._state, best_effort=best_effort)
+            if refused is not None:
+                raise StoragedError(refused.message, refused.kind)
+        with contextlib.suppress(StoragedError):  # none runs, or it has just ended
+            await self.cancel(f"another size was asked for: {size} bytes")
+        return await self.started(size, best_effort=best_effort)
+
+    async def started(self, size: int, *, best_effort: bool = False) -> Job:
+        """As `resize`; the job. StoragedError (BUSY) when another one is running."""
+        if not await self.resize(size, best_effort=best_effort):
+            raise StoragedError("a resize job is running; cancel it first, or retarget it", Kind.BUSY)
+        assert self._state.job is not None
+        return self._state.job
 
     async def cancel(self, reason: str = "cancelled on request") -> Job:
         """Cancel the running job and wait for its end. StoragedError when none is running."""

@@ -14,6 +14,8 @@ import struct
 
 IOC_RESIZE = 0x50009403  # _IOW(0x94, 3, struct btrfs_ioctl_vol_args)
 IOC_SYNC = 0x9408  # _IO(0x94, 8)
+IOC_BALANCE_CTL = 0x40049421  # _IOW(0x94, 33, int)
+BALANCE_CTL_CANCEL = 2
 FITRIM = 0xC0185879  # _IOWR('X', 121, struct fstrim_range)
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -43,14 +45,15 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     _check(_libc.fallocate(fd, mode, offset, length))
 
 
-def resize(fd: int, argument: str) -> int:
-    """BTRFS_IOC_RESIZE with `[devid:]size` or `cancel`; blocks for all of the relocation.
+def cancel_resize(fd: int) -> None:
+    """BTRFS_IOC_RESIZE with `cancel`; returns when the resize has ended. Raises OSError, ENOTCONN when none runs."""
+    buffer = ctypes.create_string_buffer(_VOL_ARGS.pack(0, b"cancel"), _VOL_ARGS.size)
+    call(fd, IOC_RESIZE, ctypes.addressof(buffer))
 
-    Returns 0, or a positive number when an exclusive operation is in the way (BTRFS_ERROR_DEV_EXCL_RUN_IN_PROGRESS
-    is 8). Raises OSError.
-    """
-    buffer = ctypes.create_string_buffer(_VOL_ARGS.pack(0, argument.encode()), _VOL_ARGS.size)
-    return call(fd, IOC_RESIZE, ctypes.addressof(buffer))
+
+def cancel_balance(fd: int) -> None:
+    """Cancel the balance that runs or is paused; returns when it has ended. Raises OSError, ENOTCONN when none is."""
+    fcntl.ioctl(fd, IOC_BALANCE_CTL, BALANCE_CTL_CANCEL)
 
 
 def sync(fd: int) -> None:

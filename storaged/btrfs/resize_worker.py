@@ -1,10 +1,11 @@
-"""The process that calls the kernel's resize, one call at a time, asked for on its standard input.
+"""The process that makes the kernel's long calls, one at a time, asked for on its standard input.
 
 It is started as a plain script by `btrfs.resizer` and imports nothing it does not need. Signals keep their default
-action, so it can be killed in the middle of a call, and its death cancels the shrink. It dies with the daemon: a
+action, so it can be killed in the middle of a call, and its death cancels what runs. It dies with the daemon: a
 thread sees the end of standard input, even while a call runs.
 
-Requests: one size in bytes a line. Answers: the ioctl's return value and errno, a line each.
+Requests, a line each: `size N` resizes to N bytes, `move N` moves all there is out of the data chunk whose logical
+address is N (a balance of that chunk alone). Answers: the ioctl's return value and errno, a line each.
 """
 
 from __future__ import annotations
@@ -13,12 +14,31 @@ import ctypes
 import os
 import queue
 import signal
+import struct
 import sys
 import threading
 
 IOC_RESIZE = 0x50009403
 VOL_ARGS_SIZE = 4096
 NAME_OFFSET = 8
+IOC_BALANCE_V2 = 0xC4009420
+BALANCE_ARGS_SIZE = 1024
+BALANCE_DATA = 1
+ARGS_VRANGE = 1 << 4
+DATA_OFFSET = 16
+"""btrfs_ioctl_balance_args: flags and state come first, 8 bytes each."""
+DATA_ARGS = struct.Struct("=9Q")
+"""btrfs_balance_args up to its flags: profiles, usage, devid, pstart, pend; vstart, vend; target; flags."""
+
+
+def _resize(devid: int, size: int) -> tuple[int, bytes]:
+    argument = b"%d:%d" % (devid, size)
+    return IOC_RESIZE, (bytes(NAME_OFFSET) + argument).ljust(VOL_ARGS_SIZE, b"\0")
+
+
+def _move(logical: int) -> tuple[int, bytes]:
+    data = DATA_ARGS.pack(0, 0, 0, 0, 0, logical, logical + 1, 0, ARGS_VRANGE)
+    return IOC_BALANCE_V2, (struct.pack("=QQ", BALANCE_DATA, 0) + data).ljust(BALANCE_ARGS_SIZE, b"\0")
 
 
 def main() -> None:
@@ -35,12 +55,12 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
-        argument = b"%d:%s" % (devid, requests.get())
-        buffer = ctypes.create_string_buffer(VOL_ARGS_SIZE)
-        ctypes.memmove(ctypes.addressof(buffer) + NAME_OFFSET, argument, len(argument))
-        result = libc.ioctl(fd, IOC_RESIZE, ctypes.addressof(buffer))
-        number = ctypes.get_errno() if result < 0 else 0
-        os.write(1, b"%d %d\n" % (result, number))
+        verb, number = requests.get().split()
+        request, argument = _resize(devid, int(number)) if verb == b"size" else _move(int(number))
+        buffer = ctypes.create_string_buffer(argument, len(argument))
+        result = libc.ioctl(fd, request, ctypes.addressof(buffer))
+        error = ctypes.get_errno() if result < 0 else 0
+        os.write(1, b"%d %d\n" % (result, error))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs the kernel's resize in a child process, so that it can be cancelled, killed and counted."""
+"""Runs the kernel's resize, and its balance of one chunk, in a child process: so they can be cancelled and killed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ _REASONS = {
     errno.EROFS: "the filesystem is read-only",
     errno.EPERM: "not permitted (CAP_SYS_ADMIN is needed)",
 }
+_REASONS_TO_STAY = {
+    errno.ENOSPC: "no room for what is in it",
+    errno.ETXTBSY: "an active swap file lies in it",
+}
 
 
 class ChildResizer:
@@ -29,6 +33,7 @@ class ChildResizer:
         self._fs = filesystem
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        self._moving = False
 
     @property
     def pid(self) -> int | None:
@@ -51,12 +56,29 @@ class ChildResizer:
             )
 
     def resize(self, size: int) -> None:
+        number = self._ask(b"size %d\n" % size)
+        if number:
+            reason = _REASONS.get(number, os.strerror(number))
+            raise FilesystemError(f"resize to {size} bytes: {reason}", number)
+
+    def move_out(self, logical: int) -> None:
+        self._moving = True
+        try:
+            number = self._ask(b"move %d\n" % logical)
+        finally:
+            self._moving = False
+        if number:
+            reason = _REASONS_TO_STAY.get(number) or _REASONS.get(number, os.strerror(number))
+            raise FilesystemError(f"moving the data chunk at {logical}: {reason}", number)
+
+    def _ask(self, request: bytes) -> int:
+        """The kernel's errno, 0 for success. Raises when the kernel is busy or the child is gone."""
         self.start()
         child = self._child
         if child is None or child.stdin is None or child.stdout is None:
             raise FilesystemError("the resize process could not be started", errno.ECHILD, Kind.UNAVAILABLE)
         try:
-            os.write(child.stdin.fileno(), b"%d\n" % size)
+            os.write(child.stdin.fileno(), request)
             answer = child.stdout.readline()
         except OSError:
             answer = b""
@@ -64,20 +86,20 @@ class ChildResizer:
             self._reap()
             raise FilesystemError("the resize process was killed", errno.ECANCELED, Kind.UNAVAILABLE)
         result, number = map(int, answer.split())
-        if result > 0:
+        if result > 0 or number == errno.EINPROGRESS:
             raise FilesystemError(
                 f"an exclusive operation is in the way ({self._fs.space().exclusive_operation})",
                 errno.EINPROGRESS,
                 Kind.BUSY,
             )
-        if number:
-            reason = _REASONS.get(number, os.strerror(number))
-            raise FilesystemError(f"resize to {size} bytes: {reason}", number)
+        return number
 
     def cancel(self) -> None:
+        # Only a balance of ours: one that somebody else runs or has paused is not ours to end.
+        cancel = ioctl.cancel_balance if self._moving else ioctl.cancel_resize
         try:
             with kernel("cancelling the resize"):
-                ioctl.resize(self._fs.fd, "cancel")
+                cancel(self._fs.fd)
         except FilesystemError as error:
             if error.errno != errno.ENOTCONN:  # nothing was running
                 raise

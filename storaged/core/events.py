@@ -69,13 +69,15 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class ResizeRequested:
-    """ResizeFilesystem came in; `id` names the job it would start."""
+    """A resize is asked for; `id` names the job it would start."""
 
     size: int
     id: str
     facts: Facts
     at: float
     wall: float
+    best_effort: bool = False
+    """A shrink that may be asked to go below the minimum, and goes as far as it can."""
 
 
 @dataclass(frozen=True, slots=True)

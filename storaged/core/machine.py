@@ -292,7 +292,7 @@ def _trimmed(state: State, event: ev.Trimmed) -> Result:
 # --- resize ---------------------------------------------------------------------------------------------------
 
 
-def refusal(size: int, facts: ev.Facts, state: State) -> ev.RefuseResize | None:
+def refusal(size: int, facts: ev.Facts, state: State, *, best_effort: bool = False) -> ev.RefuseResize | None:
     """Why a resize to `size` must not start, or None."""
     config = state.config
     if size == 0 or size < config.minimum_filesystem:
@@ -307,7 +307,11 @@ def refusal(size: int, facts: ev.Facts, state: State) -> ev.RefuseResize | None:
     shrinks = sector_floor(size) < facts.size
     if shrinks and facts.minimum == 0:
         return ev.RefuseResize(Kind.PRECONDITION, f"how small the filesystem may get is not known: {facts.why}")
-    if shrinks and size < facts.minimum:
+    if best_effort and not shrinks:
+        return ev.RefuseResize(
+            Kind.OUT_OF_RANGE, f"size {size} is no shrink (now {facts.size}): only a shrink can be a best effort"
+        )
+    if shrinks and size < facts.minimum and not best_effort:
         return ev.RefuseResize(
             Kind.OUT_OF_RANGE,
             f"size {size} is below the minimum of {facts.minimum} bytes (now {facts.size}): {facts.why}",
@@ -322,7 +326,7 @@ def refusal(size: int, facts: ev.Facts, state: State) -> ev.RefuseResize | None:
 
 
 def _resize_requested(state: State, event: ev.ResizeRequested) -> Result:
-    refused = refusal(event.size, event.facts, state)
+    refused = refusal(event.size, event.facts, state, best_effort=event.best_effort)
     if refused is not None and refused.kind is Kind.INVALID:
         return state, (refused,)
     if state.active_job is not None:
@@ -336,9 +340,11 @@ def _resize_requested(state: State, event: ev.ResizeRequested) -> Result:
         current_size=event.facts.size,
         started=event.wall,
         deadline=event.at + state.config.capacity_wait_s,
+        best_effort=event.best_effort,
     )
     verb = "shrink" if job.shrinks else "grow"
-    note = ev.Note(f"{verb} from {format_size(job.start_size)} to {format_size(job.requested)} begins")
+    to = "as far as possible towards" if job.best_effort else "to"
+    note = ev.Note(f"{verb} from {format_size(job.start_size)} {to} {format_size(job.requested)} begins")
     state, effects = _capacity(replace(state, job=job), event.facts.device, event.at, event.wall)
     return state, (note, *effects, ev.AcceptResize())
 
@@ -366,6 +372,8 @@ def _capacity(state: State, device: int, at: float, wall: float) -> Result:
 def _end(state: State, job: jb.Job, signal: jb.Signal, size: int, reason: str, wall: float) -> Result:
     last = jb.ended(job, signal, current_size=size, reason=reason, now=wall)
     text = f"resize to {format_size(last.requested)} {last.state.value}"
+    if job.best_effort:
+        text = f"shrink towards {format_size(last.requested)} {last.state.value} at {format_size(last.current_size)}"
     note = ev.Note(f"{text}: {last.reason}" if last.reason else text, warning=last.state is jb.JobState.FAILED)
     state, retry = _retry(replace(state, job=last, poll_at=None))
     return state, (ev.Save(), note, *retry)

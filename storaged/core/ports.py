@@ -84,16 +84,22 @@ class BalloonFile(Protocol):
 
 
 class Resizer(Protocol):
-    """The kernel's resize, in a process of its own."""
+    """The kernel's resize, and its balance of one chunk, in a process of their own."""
 
     def resize(self, size: int) -> None:
         """Make the filesystem `size` bytes; returns when it is. FilesystemError with the kernel's errno."""
 
+    def move_out(self, logical: int) -> None:
+        """Move all there is out of the data chunk at `logical`, and free it. FilesystemError: ENOSPC, nothing is lost.
+
+        Where to is the kernel's choice: other data chunks, new ones.
+        """
+
     def cancel(self) -> None:
-        """Stop the resize under way, from another thread; does nothing when none is."""
+        """Stop what is under way, from another thread; does nothing when nothing is."""
 
     def written(self) -> int:
-        """Bytes the kernel wrote on behalf of `resize` since the process began."""
+        """Bytes the kernel wrote on behalf of both since the process began."""
 
     def close(self) -> None:
         """End the process."""

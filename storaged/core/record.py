@@ -44,6 +44,7 @@ def to_record(state: State) -> dict[str, object]:
             "started": job.started,
             "ended": job.ended,
             "reason": job.reason,
+            "best_effort": job.best_effort,
         },
     }
 
@@ -74,6 +75,7 @@ def from_record(record: dict[str, Any], now: float) -> Remembered:
                 started=float(job["started"]),
                 ended=float(job["ended"]),
                 reason=str(job["reason"]),
+                best_effort=bool(job.get("best_effort", False)),  # earlier versions had none
                 progress=1.0 if job["state"] == JobState.DONE.name else 0.0,
             ),
         )

@@ -90,6 +90,11 @@ class Client:
             raise CallFailed("storaged refused the resize and did not say why", Kind.INTERNAL)
         return answer.status == vm_guest_pb2.ResizeFilesystemResponse.STARTED
 
+    def start(self, size: int, *, best_effort: bool, retarget: bool) -> storaged_v1_pb2.Job:
+        """Start a resize job that Maitred has no words for; the job."""
+        request = storaged_v1_pb2.ResizeRequest(size_bytes=size, best_effort=best_effort, retarget=retarget)
+        return self._call(self.storage.Resize, request, self.work_within_s).job
+
     def cancel(self) -> storaged_v1_pb2.Job:
         """Cancel the running job and wait for its end."""
         request = storaged_v1_pb2.CancelResizeRequest()

@@ -75,7 +75,10 @@ def _run(arguments: argparse.Namespace) -> int:
             case "bounds":
                 return commands.bounds(client, as_json=as_json)
             case "resize":
-                return resize.run(client, arguments.what[0], yes=arguments.yes, as_json=as_json)
+                return resize.run(
+                    *(client, arguments.what[0]), yes=arguments.yes, as_json=as_json,
+                    best_effort=arguments.best_effort, retarget=arguments.retarget,
+                )  # fmt: skip
             case "cancel":
                 return commands.cancel(client, as_json=as_json)
             case "balloon":
@@ -128,6 +131,8 @@ def _ask_host(arguments: argparse.Namespace) -> int:
                 return host.pool(client, arguments.name, as_json=as_json)
             case "resize":
                 name, size = arguments.what
+                if arguments.best_effort or arguments.retarget:
+                    raise ConfigError("--best-effort and --retarget are for one guest: without NAME")
                 return host.resize(client, name, size, yes=arguments.yes, as_json=as_json)
             case "cancel":
                 return host.cancel(client, arguments.name, as_json=as_json)
@@ -182,12 +187,16 @@ def _parser() -> argparse.ArgumentParser:
 
     resize = commands.add_parser(
         "resize",
-        usage="%(prog)s [-h] [--yes] [--json] [NAME] SIZE",
+        usage="%(prog)s [-h] [--yes] [--json] [--best-effort] [--retarget] [NAME] SIZE",
         help="grow or shrink a filesystem and follow it; Ctrl-C cancels it",
         description="With NAME, storaged-host resizes that guest's image and filesystem.",
     )
     resize.add_argument("what", metavar="[NAME] SIZE", nargs="+", action=_NameAndSize, help="whom, and to what")
     resize.add_argument("--yes", "-y", action="store_true", help="do not ask before a shrink")
+    resize.add_argument(
+        "--best-effort", action="store_true", help="shrink towards SIZE as far as it goes, also below the minimum"
+    )
+    resize.add_argument("--retarget", action="store_true", help="cancel the resize that runs, and go to SIZE instead")
 
     cancel = commands.add_parser("cancel", help="cancel a running resize and wait until it has stopped")
     cancel.add_argument("name", metavar="NAME", nargs="?", default="", help="the guest, where storaged-host resizes it")

@@ -60,6 +60,8 @@ class Follower:
             took = (job.ended_at.ToNanoseconds() - job.started_at.ToNanoseconds()) / 1e9
             moved = f", {format_size(job.moved_bytes)} moved" if job.moved_bytes else ""
             text = f"done: the filesystem has {exact(job.current_size)}{moved}, in {format_duration(max(took, 0.0))}"
+            if job.reason:  # a best effort
+                text += f"; it went no further because: {job.reason}"
         else:
             verb = "was cancelled" if name == "cancelled" else "failed"
             reason = f": {job.reason}" if job.reason else ""
@@ -74,20 +76,22 @@ class Follower:
         return Outcome("unknown", text, size, self.job)
 
 
-def run(client: Client, size: int, *, yes: bool, as_json: bool) -> int:
+def run(
+    client: Client, size: int, *, yes: bool, as_json: bool, best_effort: bool = False, retarget: bool = False
+) -> int:
     """The whole command; its exit code."""
     terminal = Terminal(sys.stderr if as_json else sys.stdout)
     before = client.report()
     fs, job = before.filesystem, before.job
-    if before.HasField("job") and job.state not in ENDED:
+    if before.HasField("job") and job.state not in ENDED and not retarget:
         raise StoragedError(f"{_running(job)} is running already; wait for it, or use: storagectl cancel", Kind.BUSY)
-    if sector_floor(size) == fs.size_bytes:
+    if sector_floor(size) == fs.size_bytes and not (before.HasField("job") and job.state not in ENDED):
         return _end(
             Outcome("done", f"nothing to do: the filesystem has {exact(fs.size_bytes)}", fs.size_bytes), as_json
         )
     shrinks = sector_floor(size) < fs.size_bytes
     least = client.minimum() if shrinks else 0
-    if size < least:
+    if size < least and not best_effort:
         _refuse(before, size, least)
     if not as_json or (shrinks and not yes):
         terminal.rows(show.plan(before, size, least))
@@ -95,7 +99,9 @@ def run(client: Client, size: int, *, yes: bool, as_json: bool) -> int:
         raise StoragedError("not confirmed; nothing was changed", Kind.PRECONDITION)
     follower = Follower(job.id if before.HasField("job") else "", size)
     with Feed(client, patience=_PATIENCE) as feed:
-        if not client.resize(size):
+        if best_effort or retarget:
+            client.start(size, best_effort=best_effort, retarget=retarget)
+        elif not client.resize(size):
             raise StoragedError("another resize has begun just now; nothing was changed", Kind.BUSY)
         feed.start()
         with display(terminal, quiet=as_json) as shown:

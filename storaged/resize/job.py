@@ -96,11 +96,18 @@ class Job:
     rate: float | None = None
     eta: float | None = None
     reason: str = ""
+    best_effort: bool = False
+    """A shrink that goes towards `requested` as far as it can; what it reached is its success."""
 
     @property
     def shrinks(self) -> bool:
         """True when the job makes the filesystem smaller."""
         return self.requested < self.start_size
+
+    @property
+    def target(self) -> int:
+        """What the filesystem should have: a best effort that is done was for what it reached."""
+        return self.current_size if self.best_effort and self.state is JobState.DONE else self.requested
 
     @property
     def active(self) -> bool:
@@ -137,12 +144,13 @@ def ended(job: Job, signal: Signal, *, current_size: int, reason: str, now: floa
     """The job in the end state that `signal` leads to. `now` is seconds since the epoch."""
     last = signalled(job, signal)
     done = last.state is JobState.DONE
+    exactly = done and not job.best_effort
     return replace(
         last,
-        current_size=job.requested if done else current_size,
+        current_size=job.requested if exactly else current_size,
         progress=1.0 if done else last.progress,
         rate=None,
         eta=None,
         ended=now,
-        reason="" if done else reason,
+        reason="" if exactly else reason,
     )

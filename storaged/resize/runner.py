@@ -7,19 +7,26 @@ resizer's child process.
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
 from storaged.core.ports import Clock, Filesystem, Resizer
 from storaged.errors import FilesystemError, Kind, StoragedError
+from storaged.resize.bounds import compute
+from storaged.resize.compact import empty_chunks, next_chunk
 from storaged.resize.fit import Step, next_step
+from storaged.resize.heal import Healer
 from storaged.resize.job import Job
-from storaged.resize.layout import KERNEL_MINIMUM, Layout, left_to_move
-from storaged.units import MIB, SECTOR, sector_floor
+from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, left_to_move
+from storaged.units import MIB, sector_floor
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 BUSY_WAIT_S = 30.0
@@ -31,6 +38,9 @@ LEFT_OVER_S = 1.0
 YIELD_MORE = 16 * MIB
 """Room the balloon gives up beyond what moves, for what does not fit together exactly."""
 
+EMPTY = -1
+"""Stands for all empty chunks among those that were tried."""
+
 Tell = Callable[[ev.JobPrepared | ev.JobProgressed | ev.JobEnded], None]
 
 
@@ -38,6 +48,7 @@ Tell = Callable[[ev.JobPrepared | ev.JobProgressed | ev.JobEnded], None]
 class _Work:
     job: Job
     tell: Tell
+    settle: Callable[[], None]
     stop: threading.Event
     moved: int = 0
     kernel_refused: bool = False
@@ -62,13 +73,15 @@ class ResizeRunner:
         self._poll_s = poll_s
         self._stops: dict[str, threading.Event] = {}  # by job; made by whichever comes first, work or cancel
         self._running = ""
+        self._healer = Healer(filesystem, resizer, poll_s, BUSY_WAIT_S)
+        self.recover = self._healer.recover
 
     def run(self, job: Job, tell: Tell, settle: Callable[[], None]) -> None:
         """Do the job's work; returns after JobEnded was told, whatever happened.
 
         `settle` is called before that, to bring the balloon back to the size the host is owed.
         """
-        work = _Work(job, tell, self._stops.setdefault(job.id, threading.Event()))
+        work = _Work(job, tell, settle, self._stops.setdefault(job.id, threading.Event()))
         self._running = job.id
         try:
             outcome, reason = self._attempt(work)
@@ -87,12 +100,14 @@ class ResizeRunner:
     def _attempt(self, work: _Work) -> tuple[ev.Outcome, str]:
         """Do the work; how it came out and why."""
         try:
-            if work.job.shrinks:
-                self._shrink(work)
-            else:
+            if not work.job.shrinks:
                 self._grow(work)
+            elif work.job.best_effort:
+                return ev.Outcome.SUCCEEDED, self._shrink_as_far(work)
+            else:
+                self._shrink(work, sector_floor(work.job.requested))
         except FilesystemError as error:
-            healed = self._heal(error) if work.kernel_refused and work.job.shrinks else ""
+            healed = self._healer.heal(error) if work.kernel_refused and work.job.shrinks else ""
             stopped = error.errno == errno.ECANCELED
             return ev.Outcome.STOPPED if stopped else ev.Outcome.FAILED, error.message + healed
         size = self._fs.size()
@@ -118,11 +133,76 @@ class ResizeRunner:
 
     def _grow(self, work: _Work) -> None:
         work.tell(ev.JobPrepared(work.job.id))
-        self._call(work, work.job.requested)
+        self._call(work, partial(self._resizer.resize, work.job.requested))
 
-    def _shrink(self, work: _Work) -> None:
+    def _shrink_as_far(self, work: _Work) -> str:
+        """Towards the target as far as it goes, chunks rewritten on the way; why it is no further, empty at the target.
+
+        Every cut is as certain as any other. Only what is rewritten may find no room, which changes nothing.
+        """
+        target = max(sector_floor(work.job.requested), KERNEL_MINIMUM)
+        tried: set[int] = set()
+        refused = False
+        why = ""
+        work.tell(ev.JobPrepared(work.job.id))
+        while (size := self._fs.size()) > target:
+            with self._balloon.lock:
+                self._fs.sync()
+                layout, longest = self._balloon.layout(), self._balloon.longest()
+            if empty_chunks(layout) and EMPTY not in tried:
+                tried.add(EMPTY)
+                self._hand_back()
+                continue
+            bounds = compute(layout, longest)
+            why = bounds.why
+            if bounds.minimum < size:
+                try:
+                    self._shrink(work, max(bounds.minimum, target))
+                except FilesystemError as error:
+                    if error.kind is not Kind.OUT_OF_RANGE:
+                        raise
+                    why = error.message  # the guest has written meanwhile, or the target itself is not certain
+                if self._fs.size() < size:
+                    tried.clear()
+                    continue
+            chunk = next_chunk(layout, tried)
+            most = sum(chunk.kind == "data" for chunk in layout.chunks)
+            if chunk is None or len(tried) > most:
+                break
+            tried.add(chunk.logical)
+            refused |= not self._rewrite(work, layout, chunk)
+        if refused:
+            why += self._healer.heal(FilesystemError("", errno.ENOSPC))
+        return why if size > target else ""
+
+    def _rewrite(self, work: _Work, layout: Layout, chunk: Chunk) -> bool:
+        """Move what is in `chunk` to wherever the kernel finds room; False when it found none."""
+        left = chunk.held + left_to_move(layout, work.job.requested)
+        with self._balloon.lock:
+            if chunk.balloon:
+                self._balloon.vacate((chunk,))
+            try:
+                step = Step(layout.size, (), chunk.held)
+                self._watched(work, step, left, partial(self._resizer.move_out, chunk.logical))
+            except FilesystemError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                return False
+            finally:
+                if chunk.balloon:
+                    work.settle()
+        work.moved += chunk.held
+        self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
+        return True
+
+    def _hand_back(self) -> None:
+        try:
+            self._fs.reclaim_empty_chunks()
+        except FilesystemError as error:
+            log.info("empty chunks stay: %s", error)
+
+    def _shrink(self, work: _Work, target: int) -> None:
         """Step by step down to the target: each step is durable, and made only when it is certain to succeed."""
-        target = sector_floor(work.job.requested)
         size = self._fs.size()
         while size > target:
             if work.stop.is_set():
@@ -135,7 +215,7 @@ class ResizeRunner:
                 if step.vacate:
                     self._balloon.vacate(step.vacate)
                 self._balloon.anchor(layout, step.size)
-                self._watched(work, step, left)
+                self._watched(work, step, left, partial(self._resizer.resize, step.size))
             work.moved += step.moves
             size = step.size
             self._progress(work, size, work.moved, work.moved + left - step.moves)
@@ -158,7 +238,7 @@ class ResizeRunner:
             if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
                 raise FilesystemError("the balloon could not make room for what has to move", errno.ENOSPC)
 
-    def _watched(self, work: _Work, step: Step, left: int) -> None:
+    def _watched(self, work: _Work, step: Step, left: int, call: Callable[[], None]) -> None:
         """Call the kernel while another thread reports how far it is."""
         done = threading.Event()
         size = self._fs.size()  # the kernel shows the target at once, so this is read first
@@ -173,7 +253,7 @@ class ResizeRunner:
         watcher = threading.Thread(target=watch, name="resize watch", daemon=True)
         watcher.start()
         try:
-            self._call(work, step.size)
+            self._call(work, call)
         finally:
             done.set()
             watcher.join()
@@ -181,8 +261,8 @@ class ResizeRunner:
     def _progress(self, work: _Work, size: int, moved: int, to_move: int) -> None:
         work.tell(ev.JobProgressed(work.job.id, size, moved, to_move, self._clock.wall()))
 
-    def _call(self, work: _Work, size: int) -> None:
-        """One resize, waiting for the kernel's own work to end first."""
+    def _call(self, work: _Work, call: Callable[[], None]) -> None:
+        """One call of the kernel, waiting for the kernel's own work to end first."""
         began = time.monotonic()
         until = began + BUSY_WAIT_S
         once_more = True
@@ -190,7 +270,7 @@ class ResizeRunner:
             if work.stop.is_set():
                 raise FilesystemError("cancelled", errno.ECANCELED)
             try:
-                self._resizer.resize(size)
+                call()
             except FilesystemError as error:
                 if once_more and _left_over(error, work, began):
                     once_more = False
@@ -205,54 +285,6 @@ class ResizeRunner:
                 work.stop.wait(BUSY_POLL_S)
                 continue
             return
-
-    def recover(self, job: Job) -> str:
-        """After a crash while `job` was active: let the kernel's work end, heal what it left; what to say of it.
-
-        The kernel stops a while after the process that asked for it has died. Until then it shows a size that the
-        filesystem may never have.
-        """
-        until = time.monotonic() + BUSY_WAIT_S
-        while self._fs.space().exclusive_operation == "resize" and time.monotonic() < until:
-            time.sleep(self._poll_s)
-        if not job.shrinks:
-            return ""
-        return self._heal(FilesystemError("cut off", errno.ECANCELED)).lstrip("; ")
-
-    def _heal(self, error: FilesystemError) -> str:
-        """After a shrink that found no room, or was cut off, the kernel may refuse writes that fit.
-
-        It remembers that no new chunk could be made, and forgets it only when a chunk goes or the device grows. So the
-        filesystem shrinks by a sector and grows back; not where anything lies in that sector, or a chunk would move.
-        Returns what to say of it.
-        """
-        try:
-            if self._fs.space().read_only:
-                return "; the kernel has forced the filesystem read-only: back up, unmount and check it"
-            if error.errno not in (errno.ENOSPC, errno.ECANCELED):
-                return ""
-            size = self._fs.size()
-            less = size - SECTOR
-            if less >= KERNEL_MINIMUM and all(chunk.top <= less for chunk in self._fs.layout().chunks):
-                self._surely(less)
-                self._surely(size)
-            else:
-                self._fs.reclaim_empty_chunks()
-        except (StoragedError, OSError) as failure:
-            return f"; healing it failed: {failure}"
-        return ""
-
-    def _surely(self, size: int) -> None:
-        """A resize that moves nothing, though somebody may still be cancelling what ran before it."""
-        for attempt in range(CANCEL_TRIES):
-            try:
-                return self._resizer.resize(size)
-            except FilesystemError as error:
-                passing = error.errno == errno.ECANCELED or error.kind is Kind.BUSY
-                if not passing or attempt == CANCEL_TRIES - 1:
-                    raise
-            time.sleep(self._poll_s)
-        return None
 
 
 def _left_over(error: FilesystemError, work: _Work, began: float) -> bool:

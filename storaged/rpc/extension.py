@@ -59,6 +59,10 @@ class Storage(storaged_v1_pb2_grpc.StorageServicer):
             await self._storage.bounds_lately()
         return self._report(await self._storage.refreshed())
 
+    async def Resize(self, request: pb.ResizeRequest, context: Context) -> pb.ResizeResponse:
+        start = self._storage.retarget if request.retarget else self._storage.started
+        return pb.ResizeResponse(job=_job(await start(request.size_bytes, best_effort=request.best_effort)))
+
     async def CancelResize(self, request: pb.CancelResizeRequest, context: Context) -> pb.CancelResizeResponse:
         return pb.CancelResizeResponse(job=_job(await self._storage.cancel()))
 
@@ -156,6 +160,7 @@ def _job(job: Job) -> pb.Job:
         started_at=_time(job.started),
         ended_at=_time(job.ended) if job.ended else None,
         reason=job.reason,
+        best_effort=job.best_effort,
     )
 
 

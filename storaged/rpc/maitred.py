@@ -87,7 +87,7 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
         return vm_guest_pb2.GetResizeStatusResponse(
             resize_in_progress=job is not None and job.active,
             current_size=current,
-            target_size=job.requested if job is not None else current,
+            target_size=job.target if job is not None else current,
         )
 
     async def GetResizeBounds(

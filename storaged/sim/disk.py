@@ -344,6 +344,33 @@ class SimResizer:
                     target.held += part
                 disk.chunks.remove(chunk)
 
+    def move_out(self, logical: int) -> None:
+        disk = self.disk
+        disk.faults.meet("move_out")
+        with disk.lock:
+            if disk.exclusive_operation != "none":
+                raise FilesystemError(disk.exclusive_operation, errno.EINPROGRESS, Kind.BUSY)
+            chunk = next((c for c in disk.of("data") if c.start == logical), None)
+            if chunk is None:
+                return
+            disk.exclusive_operation = "balance"
+            disk.cancelled.clear()
+        try:
+            self._spend(chunk.used + chunk.held)
+            with disk.lock:
+                used, chunk.used = chunk.used, chunk.length - chunk.held  # nothing goes into what is being moved
+                placed = disk.place(used + chunk.held, disk.size)
+                if placed is None:
+                    chunk.used = used
+                    raise FilesystemError(f"moving the data chunk at {logical}: no room", errno.ENOSPC)
+                disk.chunks.remove(chunk)
+                for target, part in placed:
+                    target.used += min(part, used)
+                    target.held += part - min(part, used)
+                    used -= min(part, used)
+        finally:
+            disk.exclusive_operation = "none"
+
     def _another(self, size: int) -> None:
         """What the kernel does before it cuts a data chunk away while none holds anything: it makes a new one."""
         placed = self.disk.place(self.disk.data_free() + SECTOR, size)

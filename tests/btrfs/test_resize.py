@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from lab.daemon import Daemon
-from lab.loop import Guest, fill
+from lab.loop import Guest, fill, run
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, MIB, SECTOR
 from tests.btrfs import support
@@ -185,6 +185,61 @@ def test_the_minimum_is_reached(seed: int, make_guest: MakeGuest, make_daemon: M
     assert written >= min(shown - max(size // 50, 64 * MIB), 200 * MIB)
     assert not support.read_only(guest)
     daemon.stop()
+    guest.unmount()
+    guest.check()
+
+
+def test_a_best_effort_goes_on_where_the_promise_ends(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    guest = make_guest(4 * GIB)
+    run("btrfs", "filesystem", "sync", guest.mountpoint)
+    # Files of 96 MiB, two of three deleted: every chunk is left with room that is scattered.
+    for number in range(30):
+        fill(guest.mountpoint / f"data{number}", 96 * MIB)
+    run("btrfs", "filesystem", "sync", guest.mountpoint)
+    for number in range(30):
+        if number % 3:
+            (guest.mountpoint / f"data{number}").unlink()
+    run("btrfs", "filesystem", "sync", guest.mountpoint)
+    before = support.hashes(guest.mountpoint)
+    daemon = make_daemon(guest)
+    minimum = daemon.minimum()
+    request = storaged_v1_pb2.ResizeRequest(size_bytes=256 * MIB, best_effort=True)
+    job = daemon.storage.Resize(request, timeout=20).job
+    daemon.wait_resized()
+    report = daemon.report()
+    assert (report.job.id, report.job.state, report.job.progress) == (job.id, storaged_v1_pb2.JOB_DONE, 1.0)
+    assert 256 * MIB < report.job.current_size == report.filesystem.size_bytes <= minimum
+    assert report.job.reason
+    assert not report.filesystem.read_only
+    assert report.filesystem.exclusive_operation == "none"
+    daemon.stop()
+    assert support.hashes(guest.mountpoint) == before
+    guest.unmount()
+    guest.check()
+    assert _size_on_disk(guest) == report.job.current_size
+
+
+def test_a_best_effort_is_cancelled_at_a_size_that_is_true(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    guest = make_guest(8 * GIB)
+    support.scatter(guest, 10)
+    before = support.hashes(guest.mountpoint)
+    daemon = make_daemon(guest)
+    request = storaged_v1_pb2.ResizeRequest(size_bytes=256 * MIB, best_effort=True)
+    for delay in (0.0, 0.05, 0.2, 0.5):
+        daemon.storage.Resize(request, timeout=20)
+        time.sleep(delay)
+        try:
+            job = daemon.storage.CancelResize(storaged_v1_pb2.CancelResizeRequest(), timeout=20).job
+        except grpc.RpcError:  # it was faster
+            job = daemon.report().job
+        assert job.state in (storaged_v1_pb2.JOB_CANCELLED, storaged_v1_pb2.JOB_DONE), job
+        report = daemon.report()
+        assert report.filesystem.size_bytes == job.current_size
+        assert report.filesystem.exclusive_operation == "none"
+        if job.current_size < 8 * GIB:
+            _resized(daemon, 8 * GIB)
+    daemon.stop()
+    assert support.hashes(guest.mountpoint) == before
     guest.unmount()
     guest.check()
 

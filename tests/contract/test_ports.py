@@ -270,6 +270,38 @@ def test_a_shrink_moves_what_lies_above(place: Place) -> None:
     assert place.world.resizer.written() >= 0
 
 
+def test_what_is_moved_out_of_a_chunk_lies_elsewhere(place: Place) -> None:
+    fs = place.world.filesystem
+    place.write(150 * MIB)
+    before = fs.space().data_used
+    chunk = max((c for c in fs.layout().chunks if c.kind == "data"), key=lambda c: c.used)
+    place.world.resizer.move_out(chunk.logical)
+    fs.sync()
+    assert chunk.logical not in [c.logical for c in fs.layout().chunks] or chunk.stripes not in [
+        c.stripes for c in fs.layout().chunks if c.used
+    ]
+    assert abs(fs.space().data_used - before) <= place.slack
+    assert fs.size() == SIZE
+    assert fs.space().exclusive_operation == "none"
+
+
+def test_what_fits_nowhere_else_stays_where_it_is(place: Place) -> None:
+    fs = place.world.filesystem
+    place.write(700 * MIB)
+    fs.sync()
+    place.world.balloon.extend(fs.space().available - 40 * MIB)
+    before = fs.space()
+    fullest = max((c for c in fs.layout().chunks if c.kind == "data"), key=lambda c: c.used)
+    assert fullest.used > 60 * MIB
+    with pytest.raises(FilesystemError) as caught:
+        place.world.resizer.move_out(fullest.logical)
+    assert caught.value.errno == errno.ENOSPC
+    after = fs.space()
+    assert not after.read_only
+    assert abs(after.data_used - before.data_used) <= place.slack
+    assert after.exclusive_operation == "none"
+
+
 def test_a_cancel_without_a_resize_does_nothing(place: Place) -> None:
     place.world.resizer.cancel()
     place.world.resizer.resize(DEVICE)

@@ -69,6 +69,35 @@ def test_json_is_one_object_on_stdout(daemon: Daemon, size: int) -> None:
     assert value == {"outcome": "done", "size_bytes": size, "job": None}
 
 
+def test_a_best_effort_says_how_far_it_came_and_why_no_further(daemon: Daemon, size: int) -> None:
+    minimum = daemon.minimum()
+    done = ctl(daemon.address, "resize", "256MiB", "--best-effort", "--yes")
+    assert (done.returncode, done.stderr) == (0, "")
+    reached = daemon.status().current_size
+    assert 256 * MIB < reached <= minimum
+    assert f"({reached} bytes)" in " ".join(done.stdout.split())
+    assert "it went no further because" in " ".join(done.stdout.split())
+    done = ctl(daemon.address, "resize", str(size), "--best-effort")
+    assert done.returncode == 1
+    assert "only a shrink can be a best effort" in " ".join(done.stderr.split())
+    assert ctl(daemon.address, "resize", str(size)).returncode == 0
+
+
+def test_a_running_resize_is_retargeted(daemon: Daemon, size: int) -> None:
+    daemon.resize(device(daemon) + GIB)  # waits for its device
+    assert ctl(daemon.address, "resize", str(size - GIB), "--yes").returncode == 1
+    done = ctl(daemon.address, "resize", str(size - GIB), "--yes", "--retarget")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert daemon.status().current_size == size - GIB
+    assert ctl(daemon.address, "resize", str(size), "--retarget").returncode == 0
+
+
+def test_the_host_knows_neither_retarget_nor_best_effort(daemon: Daemon) -> None:
+    done = ctl(daemon.address, "resize", "vm1", "1GiB", "--best-effort")
+    assert done.returncode == 2
+    assert "for one guest" in done.stderr
+
+
 def test_nothing_to_do(daemon: Daemon, size: int) -> None:
     before = daemon.report().job.id
     done = ctl(daemon.address, "resize", str(size))

@@ -14,6 +14,7 @@ from storaged.core import events as ev
 from storaged.errors import FilesystemError, Kind
 from storaged.resize.bounds import compute
 from storaged.resize.job import Job, JobState
+from storaged.resize.layout import KERNEL_MINIMUM
 from storaged.resize.runner import ResizeRunner, Tell
 from storaged.sim import SimDisk, make_world
 from storaged.units import GIB, MIB, SECTOR
@@ -37,10 +38,10 @@ class Guest:
         assert not any(isinstance(event, ev.JobEnded) for event in self.told)
         self.settled += 1
 
-    def run(self, size: int, tell: Tell | None = None) -> ev.JobEnded:
+    def run(self, size: int, tell: Tell | None = None, *, best_effort: bool = False) -> ev.JobEnded:
         """A job to `size`; its end."""
         self.told.clear()
-        job = Job("a", size, self.disk.size, self.disk.size, JobState.PREPARING)
+        job = Job("a", size, self.disk.size, self.disk.size, JobState.PREPARING, best_effort=best_effort)
         self.runner.run(job, tell or self.told.append, self.settle)
         last = self.told[-1]
         assert isinstance(last, ev.JobEnded)
@@ -101,6 +102,76 @@ def test_the_bound_that_is_told_is_reached(size: int, turns: list[tuple[str, int
     assert (ended.outcome, ended.reason) == (ev.Outcome.SUCCEEDED, "")
     assert guest.disk.size == minimum
     assert sum(chunk.used for chunk in guest.disk.chunks) == used, "nobody's data is lost"
+
+
+@given(
+    size=st.integers(512, 16 * 1024).map(lambda n: n * MIB),
+    target=st.integers(0, 8 * 1024).map(lambda n: n * MIB),
+    turns=st.lists(st.tuples(st.sampled_from(["write", "delete", "hold"]), st.integers(0, 8 * GIB)), max_size=10),
+)
+def test_with_best_effort_it_goes_at_least_as_far_as_was_promised(
+    size: int, target: int, turns: list[tuple[str, int]]
+) -> None:
+    guest = Guest(size)
+    for what, amount in turns:
+        if what == "hold":
+            guest.engine.hold(amount)
+        else:
+            getattr(guest.disk, what)(amount)
+    used = sum(chunk.used for chunk in guest.disk.chunks)
+    minimum = guest.minimum()
+    if target >= size:
+        return
+    ended = guest.run(target, best_effort=True)
+    assert ended.outcome is ev.Outcome.SUCCEEDED
+    assert max(target, KERNEL_MINIMUM) <= guest.disk.size <= max(minimum, target, KERNEL_MINIMUM)
+    assert bool(ended.reason) == (guest.disk.size > max(target, KERNEL_MINIMUM)), "why it is no smaller"
+    assert sum(chunk.used for chunk in guest.disk.chunks) == used, "nobody's data is lost"
+
+
+def test_a_best_effort_that_gains_nothing_says_why_and_changes_nothing(guest: Guest) -> None:
+    guest.disk.write(8 * GIB)
+    ended = guest.run(GIB, best_effort=True)
+    assert (ended.outcome, guest.disk.size) == (ev.Outcome.SUCCEEDED, 8 * GIB)
+    assert "cannot move" in ended.reason or "unallocated" in ended.reason
+
+
+@pytest.fixture
+def scattered(guest: Guest) -> Guest:
+    """Metadata at the top, no hole below it, and data that would fit into half of its chunks."""
+    metadata = guest.disk.of("metadata")[0]
+    guest.disk.write(4 * guest.disk.data_chunk)
+    for chunk in guest.disk.of("data"):
+        chunk.used = 300 * MIB
+    metadata.start = max(chunk.start + chunk.length for chunk in guest.disk.chunks)
+    guest.disk.of("data")[0].start -= metadata.length
+    guest.disk.of("data")[0].length += metadata.length
+    return guest
+
+
+def test_what_is_rewritten_lets_a_shrink_go_further_than_was_promised(scattered: Guest) -> None:
+    minimum = scattered.minimum()
+    ended = scattered.run(0, best_effort=True)
+    assert ended.outcome is ev.Outcome.SUCCEEDED
+    assert scattered.disk.faults.calls["move_out"]
+    assert scattered.disk.size < minimum - 200 * MIB
+    assert sum(chunk.used for chunk in scattered.disk.of("data")) == 1200 * MIB
+
+
+def test_a_best_effort_is_cancelled_while_it_rewrites(scattered: Guest) -> None:
+    minimum = scattered.minimum()
+    scattered.disk.faults.fail("move_out", FilesystemError("cancelled", errno.ECANCELED), times=2)
+    ended = scattered.run(0, best_effort=True)
+    assert (ended.outcome, scattered.disk.size) == (ev.Outcome.STOPPED, minimum)
+
+
+def test_what_finds_no_room_to_be_rewritten_ends_nothing(scattered: Guest) -> None:
+    minimum = scattered.minimum()
+    scattered.disk.faults.fail("move_out", FilesystemError("no room", errno.ENOSPC), times=99)
+    ended = scattered.run(0, best_effort=True)
+    assert (ended.outcome, scattered.disk.size) == (ev.Outcome.SUCCEEDED, minimum)
+    assert ended.reason
+    assert scattered.disk.faults.calls["resize"] > 2, "what the kernel remembers of it is healed"
 
 
 def test_below_what_is_possible_the_size_reached_is_told(guest: Guest) -> None:

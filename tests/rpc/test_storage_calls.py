@@ -441,6 +441,64 @@ async def test_stopping_the_daemon_ends_the_job_first(guest: Guest) -> None:
     assert await guest.resize(12 * GIB) == STATUS.STARTED
 
 
+# --- Resize of storaged.v1 ------------------------------------------------------------------------------------
+
+
+async def test_a_best_effort_goes_below_the_minimum_and_ends_well(guest: Guest) -> None:
+    guest.disk.write(2 * GIB)
+    await guest.storage.Trim(pb.TrimRequest())  # a commit
+    minimum = (await guest.maitred.GetResizeBounds(EMPTY)).minimum_size
+    target = 512 * MIB
+    assert (await refused(guest.storage.Resize(pb.ResizeRequest(size_bytes=target))))[0] is grpc.StatusCode.OUT_OF_RANGE
+    job = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=target, best_effort=True))).job
+    assert (job.best_effort, job.requested_size, job.direction) == (True, target, pb.DIRECTION_SHRINK)
+    ended = await guest.ended()
+    assert (ended.state, ended.progress) == (pb.JOB_DONE, 1.0)
+    assert ended.current_size == guest.disk.size
+    assert target < guest.disk.size <= minimum
+    assert ended.reason, "why it went no further"
+    status = await guest.status()
+    assert status.current_size == status.target_size == guest.disk.size, "hosts that compare the two see no failure"
+
+
+async def test_only_a_shrink_can_be_a_best_effort(guest: Guest) -> None:
+    for size in (8 * GIB, 9 * GIB):
+        call = guest.storage.Resize(pb.ResizeRequest(size_bytes=size, best_effort=True))
+        assert (await refused(call))[0] is grpc.StatusCode.OUT_OF_RANGE
+    call = guest.storage.Resize(pb.ResizeRequest(best_effort=True))
+    assert (await refused(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_another_target_while_a_job_runs_needs_a_word(guest: Guest) -> None:
+    first = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=20 * GIB))).job  # waits for its device
+    assert (await refused(guest.storage.Resize(pb.ResizeRequest(size_bytes=6 * GIB))))[0] is grpc.StatusCode.ABORTED
+    second = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=6 * GIB, retarget=True))).job
+    assert second.id != first.id
+    assert (await guest.ended()).id == second.id
+    assert guest.disk.size == 6 * GIB
+    notes = (await guest.report()).notes
+    assert any(f"another size was asked for: {6 * GIB} bytes" in note for note in notes)
+
+
+async def test_a_new_target_that_cannot_be_cancels_nothing(guest: Guest) -> None:
+    guest.disk.write(4 * GIB)
+    await guest.maitred.GetResizeBounds(EMPTY)
+    first = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=20 * GIB))).job
+    call = guest.storage.Resize(pb.ResizeRequest(size_bytes=GIB, retarget=True))
+    assert (await refused(call))[0] is grpc.StatusCode.OUT_OF_RANGE
+    now = (await guest.report()).job
+    assert (now.id, now.state) == (first.id, pb.JOB_WAITING_FOR_CAPACITY)
+    call = guest.storage.Resize(pb.ResizeRequest(size_bytes=5, retarget=True))
+    assert (await refused(call))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await guest.report()).job.state == pb.JOB_WAITING_FOR_CAPACITY
+
+
+async def test_retarget_without_a_job_is_a_resize(guest: Guest) -> None:
+    job = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=7 * GIB, retarget=True))).job
+    assert (await guest.ended()).id == job.id
+    assert guest.disk.size == 7 * GIB
+
+
 # --- the report and its stream --------------------------------------------------------------------------------
 
 

@@ -145,6 +145,59 @@ class GetReportRequest(_message.Message):
 Global___GetReportRequest: _TypeAlias = GetReportRequest  # noqa: Y015
 
 @_typing.final
+class ResizeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    BEST_EFFORT_FIELD_NUMBER: _builtins.int
+    RETARGET_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
+    best_effort: _builtins.bool
+    """Go towards size_bytes as far as it can be done, also below minimum_size,
+    rewriting files' data where that gains room. The job is done wherever that
+    ends: current_size says how far it came, reason what stood in the way.
+    Only a shrink can be one.
+    """
+    retarget: _builtins.bool
+    """A job that runs is cancelled first, at a completed step. Without it a job
+    that runs is left alone.
+    """
+    def __init__(
+        self,
+        *,
+        size_bytes: _builtins.int = ...,
+        best_effort: _builtins.bool = ...,
+        retarget: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_effort", b"best_effort", "retarget", b"retarget", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeRequest: _TypeAlias = ResizeRequest  # noqa: Y015
+
+@_typing.final
+class ResizeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job: ...
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResizeResponse: _TypeAlias = ResizeResponse  # noqa: Y015
+
+@_typing.final
 class CancelResizeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -404,6 +457,7 @@ class Job(_message.Message):
     STARTED_AT_FIELD_NUMBER: _builtins.int
     ENDED_AT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    BEST_EFFORT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     state: Global___JobState.ValueType
     direction: Global___Direction.ValueType
@@ -418,7 +472,10 @@ class Job(_message.Message):
     rate_bytes_per_s: _builtins.float
     eta_s: _builtins.float
     reason: _builtins.str
-    """Why it failed or was cancelled; empty otherwise."""
+    """Why it failed or was cancelled, or why a best effort went no further;
+    empty otherwise.
+    """
+    best_effort: _builtins.bool
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -440,10 +497,11 @@ class Job(_message.Message):
         started_at: _timestamp_pb2.Timestamp | None = ...,
         ended_at: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
+        best_effort: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_s", b"_eta_s", "_rate_bytes_per_s", b"_rate_bytes_per_s", "ended_at", b"ended_at", "eta_s", b"eta_s", "rate_bytes_per_s", b"rate_bytes_per_s", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_s", b"_eta_s", "_rate_bytes_per_s", b"_rate_bytes_per_s", "current_size", b"current_size", "direction", b"direction", "ended_at", b"ended_at", "eta_s", b"eta_s", "id", b"id", "moved_bytes", b"moved_bytes", "progress", b"progress", "rate_bytes_per_s", b"rate_bytes_per_s", "reason", b"reason", "requested_size", b"requested_size", "start_size", b"start_size", "started_at", b"started_at", "state", b"state", "total_to_move_bytes", b"total_to_move_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_s", b"_eta_s", "_rate_bytes_per_s", b"_rate_bytes_per_s", "best_effort", b"best_effort", "current_size", b"current_size", "direction", b"direction", "ended_at", b"ended_at", "eta_s", b"eta_s", "id", b"id", "moved_bytes", b"moved_bytes", "progress", b"progress", "rate_bytes_per_s", b"rate_bytes_per_s", "reason", b"reason", "requested_size", b"requested_size", "start_size", b"start_size", "started_at", b"started_at", "state", b"state", "total_to_move_bytes", b"total_to_move_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta_s: _TypeAlias = _typing.Literal["eta_s"]  # noqa: Y015
     _WhichOneofArgType__eta_s: _TypeAlias = _typing.Literal["_eta_s", b"_eta_s"]  # noqa: Y015

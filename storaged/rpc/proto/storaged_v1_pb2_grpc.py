@@ -39,6 +39,11 @@ class StorageStub:
                 request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.WatchRequest.SerializeToString,
                 response_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.Report.FromString,
                 _registered_method=True)
+        self.Resize = channel.unary_unary(
+                '/storaged.v1.Storage/Resize',
+                request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.ResizeRequest.SerializeToString,
+                response_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.ResizeResponse.FromString,
+                _registered_method=True)
         self.CancelResize = channel.unary_unary(
                 '/storaged.v1.Storage/CancelResize',
                 request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.CancelResizeRequest.SerializeToString,
@@ -62,6 +67,15 @@ class StorageServicer:
     def Watch(self, request, context):
         """One Report at once, then one after every change, no more often than the
         requested interval. Ends only when either side ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resize(self, request, context):
+        """Starts a resize job and answers with it. Errors as ResizeFilesystem:
+        INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION with the numbers;
+        ABORTED when a job runs and `retarget` is not set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +112,11 @@ def add_StorageServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.WatchRequest.FromString,
                     response_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.Report.SerializeToString,
+            ),
+            'Resize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resize,
+                    request_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.ResizeRequest.FromString,
+                    response_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.ResizeResponse.SerializeToString,
             ),
             'CancelResize': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelResize,
@@ -142,6 +161,33 @@ class Storage:
             '/storaged.v1.Storage/Watch',
             storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.WatchRequest.SerializeToString,
             storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.Report.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/storaged.v1.Storage/Resize',
+            storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.ResizeRequest.SerializeToString,
+            storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.ResizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

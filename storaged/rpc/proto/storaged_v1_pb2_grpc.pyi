@@ -40,6 +40,11 @@ class StorageStub:
     """One Report at once, then one after every change, no more often than the
     requested interval. Ends only when either side ends it.
     """
+    Resize: _grpc.UnaryUnaryMultiCallable[_storaged_v1_pb2.ResizeRequest, _storaged_v1_pb2.ResizeResponse]
+    """Starts a resize job and answers with it. Errors as ResizeFilesystem:
+    INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION with the numbers;
+    ABORTED when a job runs and `retarget` is not set.
+    """
     CancelResize: _grpc.UnaryUnaryMultiCallable[_storaged_v1_pb2.CancelResizeRequest, _storaged_v1_pb2.CancelResizeResponse]
     """Asks the running resize job to stop. Answers when it has stopped: the
     filesystem then has the size of the last step that was completed.
@@ -58,6 +63,11 @@ class StorageAsyncStub(StorageStub):
     Watch: _aio.UnaryStreamMultiCallable[_storaged_v1_pb2.WatchRequest, _storaged_v1_pb2.Report]  # type: ignore[assignment]
     """One Report at once, then one after every change, no more often than the
     requested interval. Ends only when either side ends it.
+    """
+    Resize: _aio.UnaryUnaryMultiCallable[_storaged_v1_pb2.ResizeRequest, _storaged_v1_pb2.ResizeResponse]  # type: ignore[assignment]
+    """Starts a resize job and answers with it. Errors as ResizeFilesystem:
+    INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION with the numbers;
+    ABORTED when a job runs and `retarget` is not set.
     """
     CancelResize: _aio.UnaryUnaryMultiCallable[_storaged_v1_pb2.CancelResizeRequest, _storaged_v1_pb2.CancelResizeResponse]  # type: ignore[assignment]
     """Asks the running resize job to stop. Answers when it has stopped: the
@@ -80,6 +90,17 @@ class StorageServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_storaged_v1_pb2.Report], _abc.AsyncIterator[_storaged_v1_pb2.Report]]:
         """One Report at once, then one after every change, no more often than the
         requested interval. Ends only when either side ends it.
+        """
+
+    @_abc_1.abstractmethod
+    def Resize(
+        self,
+        request: _storaged_v1_pb2.ResizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storaged_v1_pb2.ResizeResponse, _abc.Awaitable[_storaged_v1_pb2.ResizeResponse]]:
+        """Starts a resize job and answers with it. Errors as ResizeFilesystem:
+        INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION with the numbers;
+        ABORTED when a job runs and `retarget` is not set.
         """
 
     @_abc_1.abstractmethod
