@@ -137,7 +137,7 @@ class Recovery:
             if job.state not in ENDED:
                 faults.append(f"the job is {state}")
             elif job.state == storaged_v1_pb2.JOB_DONE:
-                if job.current_size != job.requested_size:
+                if job.current_size != job.requested_size and not job.best_effort:
                     faults.append(f"a job that is done asked for {job.requested_size}, reached {job.current_size}")
             elif not job.reason:
                 faults.append(f"the job is {state} without a reason")

@@ -17,6 +17,7 @@ from lab.ledger import NEVER, Asked, Kept, Ledger
 from lab.loop import Guest, run
 from lab.recovery import QUIET, record_at, spread, write_durably
 from lab.writelog import Entry, LoggedDisk
+from storaged.resize.layout import KERNEL_MINIMUM
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, KIB, MIB, sector_floor
 
@@ -136,8 +137,11 @@ class _Story:
         self._files(2)
         least = self._daemon.minimum()
         # Most hosts ask for whole sectors, not all do.
-        self._resize("shrink", least + dice.randrange(0, (top - least) // 3) // MIB * MIB + dice.choice([0, 0, 1]))
+        smaller = least + dice.randrange(0, (top - least) // 3) // MIB * MIB + dice.choice([0, 0, 1])
+        self._resize("shrink", smaller)
         self._snapshot(turn)
+        self._further()
+        self._resize("grow", smaller)
         self._files(2)
         self._report("inflate", dice.choice([60, 150]) * MIB)
         self._report("deflate", dice.choice([700, 1000]) * MIB)
@@ -183,14 +187,31 @@ class _Story:
         if self._daemon.resize(size) != vm_guest_pb2.ResizeFilesystemResponse.STARTED:
             raise RuntimeError("the resize did not start")
         asked.certain = self.ledger.position()
+        job = self._followed(asked)
+        if job.current_size != size:
+            raise RuntimeError(f"the resize ended otherwise: {job}")
+
+    def _further(self) -> None:
+        """Below what is promised, chunks rewritten on the way."""
+        self.ledger.phase("best effort")
+        asked = Asked(KERNEL_MINIMUM, self.ledger.position())
+        self.ledger.resizes.append(asked)
+        request = storaged_v1_pb2.ResizeRequest(size_bytes=KERNEL_MINIMUM, best_effort=True)
+        self._daemon.storage.Resize(request, timeout=20)
+        asked.certain = self.ledger.position()
+        self._followed(asked)
+
+    def _followed(self, asked: Asked) -> storaged_v1_pb2.Job:
+        """To its end."""
         while (status := self._daemon.status()).resize_in_progress:
             self._told(status.current_size)
         self._told(status.current_size)
         job = self._daemon.report().job
-        if status.current_size != size or job.state != storaged_v1_pb2.JOB_DONE:
+        if job.state != storaged_v1_pb2.JOB_DONE:
             raise RuntimeError(f"the resize ended otherwise: {job}")
         asked.done = self.ledger.position()
         self.moved += job.moved_bytes
+        return job
 
     def _told(self, size: int) -> None:
         if not self.ledger.sizes or self.ledger.sizes[-1][1] != sector_floor(size):
