@@ -9,6 +9,7 @@ Where the filesystem is small, every deeper cut is tried on a copy too: what the
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import sys
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.layouts import Recipe, build, fingerprints, recipe
-from lab.loop import Guest, fill, run, workspace
+from lab.loop import Guest, fill, memory, run, sweep, workspace
 from storaged.balloon.engine import BalloonEngine
 from storaged.balloon.file import BtrfsBalloonFile
 from storaged.btrfs.filesystem import BtrfsFilesystem
@@ -211,9 +212,11 @@ def summary(verdicts: Iterable[Verdict]) -> str:
 
 def main(first: int, count: int) -> int:
     """Judge `count` layouts from seed `first`; 1 when any failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is cleared
+    sweep(memory())
     verdicts = []
     for seed in range(first, first + count):
-        with workspace() as directory:
+        with workspace(memory()) as directory:
             verdict = judge(recipe(seed), directory)
         verdicts.append(verdict)
         print(

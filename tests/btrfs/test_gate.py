@@ -9,7 +9,7 @@ import pytest
 
 from lab.gate import Verdict, judge, summary
 from lab.layouts import recipe
-from lab.loop import workspace
+from lab.loop import memory, workspace
 from storaged.units import GIB
 
 pytestmark = pytest.mark.btrfs
@@ -23,7 +23,7 @@ GOAL = 0.9
 def _judged(first: int, count: int, most: int, *, brute_force: bool) -> list[Verdict]:
     verdicts = []
     for seed in range(first, first + count):
-        with workspace() as directory:
+        with workspace(memory()) as directory:
             verdicts.append(judge(recipe(seed, most), directory, brute_force=brute_force))
     return verdicts
 
