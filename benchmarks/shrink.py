@@ -8,6 +8,7 @@ does to the filesystem is noted.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lab.daemon import Daemon
 from lab.layouts import Recipe, build, recipe
 from lab.loop import Guest, run
 from storaged.btrfs.filesystem import BtrfsFilesystem
+from storaged.rpc.proto import storaged_v1_pb2
 from storaged.units import GIB, MIB, sector_ceil
 
 SECTION = "shrink"
@@ -90,16 +92,19 @@ def _layout(directory: Path, name: str, layout: _Layout, runs: int) -> list[Row]
     seconds = Row(SECTION, f"{name}: time to the bound", "ms", TOOL)
     written = Row(SECTION, f"{name}: written", "MB", TOOL)
     smallest = Row(SECTION, f"{name}: size reached", "MB", HOMED)
+    further = Row(SECTION, f"{name}: size reached, best effort", "MB", HOMED)
     for _ in range(runs):
         target = _ours(directory, layout.restore(), seconds, written)
         smallest.ours.append(target / 1e6)
         _tool(layout.restore(), target, seconds, written)
         size, took, wrote, read_only = _bisected(layout.restore())
         smallest.peer.append(size / 1e6)
+        further.peer.append(size / 1e6)
+        _best_effort(directory, layout.restore(), further)
         smallest.facts.setdefault("bisection_ms", []).append(took)
         smallest.facts.setdefault("bisection_written_mb", []).append(wrote / 1e6)
         smallest.facts.setdefault("bisection_read_only", []).append(read_only)
-    return [row for row in (seconds, written, smallest) if row.ours]
+    return [row for row in (seconds, written, smallest, further) if row.ours]
 
 
 def _ours(directory: Path, guest: Guest, seconds: Row, written: Row) -> int:
@@ -111,6 +116,22 @@ def _ours(directory: Path, guest: Guest, seconds: Row, written: Row) -> int:
             seconds.ours.append(milliseconds(lambda: resized(daemon, target, POLL_S)))
         written.ours.append((device_written(guest) - before) / 1e6)
     return target
+
+
+def _best_effort(directory: Path, guest: Guest, further: Row) -> None:
+    """One job from the full size to as small as it gets."""
+    with Daemon(directory, stateful=guest.mountpoint) as daemon:
+        wait_for_child(daemon)
+        before = device_written(guest)
+
+        def shrink() -> None:
+            daemon.storage.Resize(storaged_v1_pb2.ResizeRequest(size_bytes=LEAST, best_effort=True), timeout=20)
+            while daemon.status().resize_in_progress:
+                time.sleep(POLL_S)
+
+        further.facts.setdefault("ms", []).append(milliseconds(shrink))
+        further.facts.setdefault("written_mb", []).append((device_written(guest) - before) / 1e6)
+        further.ours.append(daemon.status().current_size / 1e6)
 
 
 def _tool(guest: Guest, target: int, seconds: Row, written: Row) -> None:

@@ -149,10 +149,6 @@ class ResizeRunner:
             with self._balloon.lock:
                 self._fs.sync()
                 layout, longest = self._balloon.layout(), self._balloon.longest()
-            if empty_chunks(layout) and EMPTY not in tried:
-                tried.add(EMPTY)
-                self._hand_back()
-                continue
             bounds = compute(layout, longest)
             why = bounds.why
             if bounds.minimum < size:
@@ -165,6 +161,10 @@ class ResizeRunner:
                 if self._fs.size() < size:
                     tried.clear()
                     continue
+            if empty_chunks(layout) and EMPTY not in tried:
+                tried.add(EMPTY)  # not sooner: as room in chunks they are part of what was promised
+                self._hand_back()
+                continue
             chunk = next_chunk(layout, tried)
             most = sum(chunk.kind == "data" for chunk in layout.chunks)
             if chunk is None or len(tried) > most:

@@ -158,6 +158,18 @@ def test_what_is_rewritten_lets_a_shrink_go_further_than_was_promised(scattered:
     assert sum(chunk.used for chunk in scattered.disk.of("data")) == 1200 * MIB
 
 
+def test_what_was_promised_is_taken_before_anything_else_is_tried(guest: Guest) -> None:
+    guest.disk.write(4 * GIB)
+    for chunk in guest.disk.of("data")[:2]:
+        chunk.used = 0
+    minimum = guest.minimum()
+    order: list[str] = []
+    guest.world.filesystem.reclaim_empty_chunks = lambda: order.append(f"reclaim at {guest.disk.size}")  # type: ignore[method-assign]
+    guest.run(0, best_effort=True)
+    assert order == [f"reclaim at {minimum}"] or not order
+    assert guest.disk.size <= minimum
+
+
 def test_a_best_effort_is_cancelled_while_it_rewrites(scattered: Guest) -> None:
     minimum = scattered.minimum()
     scattered.disk.faults.fail("move_out", FilesystemError("cancelled", errno.ECANCELED), times=2)
