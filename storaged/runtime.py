@@ -220,11 +220,10 @@ class StorageService:
 
     async def retarget(self, size: int, *, best_effort: bool = False) -> Job:
         """As `resize`, after the job that runs was cancelled; the new one. What would be refused cancels nothing."""
-        known = self._bounds if self._state.active_job is not None else None
-        if known is not None:
+        if self._state.active_job is not None:
+            known = self._bounds or Bounds(self._state.config.minimum_filesystem, 0, "")
             now = ev.Facts(self.current_size(), self.snapshot.space.device, known.minimum, known.why)
-            refused = machine.refusal(size, now, self._state, best_effort=best_effort)
-            if refused is not None:
+            if refused := machine.refusal(size, now, self._state, best_effort=best_effort):
                 raise StoragedError(refused.message, refused.kind)
         with contextlib.suppress(StoragedError):  # none runs, or it has just ended
             await self.cancel(f"another size was asked for: {size} bytes")

@@ -43,6 +43,7 @@ sizes = st.sampled_from(
 calls: st.SearchStrategy[Call] = st.one_of(
     st.tuples(st.just("report"), st.sampled_from([0, 1, 2, 3, 4, 99, -1, -(1 << 31), (1 << 31) - 1]), frees),
     st.tuples(st.just("resize"), st.just(0), sizes),
+    st.tuples(st.just("go"), st.integers(0, 3), sizes),
     st.tuples(
         st.sampled_from(["status", "bounds", "available", "cancel", "trim", "full report"]), st.just(0), st.just(0)
     ),
@@ -52,7 +53,7 @@ calls: st.SearchStrategy[Call] = st.one_of(
 )
 
 
-async def send(guest: Guest, call: Call) -> tuple[grpc.StatusCode, object]:  # noqa: C901  # one arm a call
+async def send(guest: Guest, call: Call) -> tuple[grpc.StatusCode, object]:  # noqa: C901, PLR0912  # one arm a call
     """Make one call; its status and answer."""
     name, state, number = call
     answer: object = None
@@ -62,6 +63,9 @@ async def send(guest: Guest, call: Call) -> tuple[grpc.StatusCode, object]:  # n
                 answer = await guest.report_free(number, state)
             case "resize":
                 answer = await guest.resize(number)
+            case "go":
+                request = pb.ResizeRequest(size_bytes=number, best_effort=bool(state & 1), retarget=bool(state & 2))
+                answer = (await guest.storage.Resize(request)).job
             case "status":
                 answer = await guest.status()
             case "bounds":
@@ -89,8 +93,14 @@ async def send(guest: Guest, call: Call) -> tuple[grpc.StatusCode, object]:  # n
 def judge(call: Call, code: grpc.StatusCode, answer: object) -> None:
     """The status that this call must have, whatever the state."""
     name, state, number = call
-    if (name == "report" and state not in (0, 1, 2, 3)) or (name == "resize" and not 256 * MIB <= number < 1 << 63):
+    impossible = name in ("resize", "go") and not 256 * MIB <= number < 1 << 63
+    if (name == "report" and state not in (0, 1, 2, 3)) or impossible:
         assert code is grpc.StatusCode.INVALID_ARGUMENT
+    elif name == "go":
+        refusals = (grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED)
+        assert code is OK or code in refusals, answer
+        if isinstance(answer, pb.Job):
+            assert (answer.requested_size, answer.best_effort) == (number, bool(state & 1))
     elif name == "resize":
         assert code in (OK, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION), answer
         assert code is OK or (isinstance(answer, str) and str(number) in answer)

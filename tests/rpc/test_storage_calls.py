@@ -493,6 +493,16 @@ async def test_a_new_target_that_cannot_be_cancels_nothing(guest: Guest) -> None
     assert (await guest.report()).job.state == pb.JOB_WAITING_FOR_CAPACITY
 
 
+async def test_nonsense_cancels_nothing_also_while_the_bounds_are_not_known(guest: Guest) -> None:
+    first = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=20 * GIB))).job
+    for size, best_effort in ((5, False), (0, True), (1 << 63, False), (9 * GIB, True)):
+        request = pb.ResizeRequest(size_bytes=size, retarget=True, best_effort=best_effort)
+        code = (await refused(guest.storage.Resize(request)))[0]
+        assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
+    now = (await guest.report()).job
+    assert (now.id, now.state) == (first.id, pb.JOB_WAITING_FOR_CAPACITY)
+
+
 async def test_retarget_without_a_job_is_a_resize(guest: Guest) -> None:
     job = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=7 * GIB, retarget=True))).job
     assert (await guest.ended()).id == job.id
