@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from pathlib import Path
 
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
@@ -34,13 +33,6 @@ def settings_script(settings: str = SETTINGS) -> str:
     return f"cat >/etc/storaged.toml <<'END'\n{settings}\nEND\necho {SERVE} >/run/next"
 
 
-def blank(path: Path, size: int) -> Path:
-    """A sparse file."""
-    with path.open("wb") as file:
-        file.truncate(size)
-    return path
-
-
 class VirtualGuest:
     """One machine with its host's end."""
 
@@ -51,6 +43,7 @@ class VirtualGuest:
         self.machine = Machine(free_directory(base, str(self.cid)), self.cid)
         self.host = Host(self.machine.uds)
         self.disk = ""
+        self._closed = False
         self.over = False
         """Its power was cut on purpose."""
 
@@ -58,17 +51,17 @@ class VirtualGuest:
         """The machine runs, with its devices; no daemon yet."""
         await self._wake(self._booted, disk)
 
-    async def begin_serving(self, disk: Path | None = None) -> None:
+    async def begin_serving(self, disk: Path | None = None, *, werror: str = "report") -> None:
         """The same with the daemon that waits for its filesystem; returns once VmReady came."""
-        await self._wake(self._serving, disk)
+        await self._wake(self._serving, disk, werror)
         await self._hear()
 
-    async def _wake(self, state: Path, disk: Path | None) -> None:
+    async def _wake(self, state: Path, disk: Path | None, werror: str = "report") -> None:
         await self.machine.wake(state)
         await self.host.listen()
         await self.machine.add_vsock()
         if disk is not None:
-            self.disk = await self.machine.add_disk(disk)
+            self.disk = await self.machine.add_disk(disk, werror)
         await self.machine.go()
         if disk is not None:
             await self.machine.run("until test -b /dev/vdb; do sleep 0.05; done")
@@ -128,10 +121,8 @@ class VirtualGuest:
 
     async def close(self) -> None:
         """Nothing of it is left but files."""
+        if self._closed:
+            return
+        self._closed = True
         await self.host.close()
         await self.machine.close()
-
-
-def host_bytes(path: Path) -> int:
-    """What a file costs the host."""
-    return os.stat(path).st_blocks * 512

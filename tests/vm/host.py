@@ -80,6 +80,8 @@ class Host:
         self._servers: list[grpc.aio.Server] = []
         self._way: Outward | None = None
         self._private = tempfile.mkdtemp(prefix="host-")
+        self.relayed = f"{self._private}/guest"
+        """A socket whose connections arrive at the guest's daemon over vsock: CONNECT is said for them."""
         self._channel: grpc.aio.Channel
         self.maitred: vm_guest_pb2_grpc.MaitredAsyncStub
         self.storage: storaged_v1_pb2_grpc.StorageAsyncStub
@@ -97,9 +99,10 @@ class Host:
     async def call(self) -> None:
         """A channel to the guest."""
         self._way = Outward(connect_to(self.uds, GUEST_PORT))
-        path = f"{self._private}/guest"
-        await self._way.start(path)
-        self._channel = grpc.aio.insecure_channel(f"unix:{path}", options=[("grpc.use_local_subchannel_pool", 1)])
+        await self._way.start(self.relayed)
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{self.relayed}", options=[("grpc.use_local_subchannel_pool", 1)]
+        )
         self.maitred = vm_guest_pb2_grpc.MaitredStub(self._channel)
         self.storage = storaged_v1_pb2_grpc.StorageStub(self._channel)
 

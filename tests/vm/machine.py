@@ -39,6 +39,9 @@ class Machine:
         self.cid = cid
         self.console_path = directory / "console"
         self.uds = directory / "vsock"
+        self.control = directory / "control"
+        """QMP for a host; a monitor serves one caller at a time."""
+        self.pid_file = directory / "pid"
         self.qmp: Qmp
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ids = itertools.count(1)
@@ -86,6 +89,7 @@ class Machine:
             *("-chardev", f"file,id=console,path={self.console_path},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,path={self.directory}/agent,server=on,wait=off"),
             *("-serial", "chardev:agent", "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off", "-S"),
+            *("-qmp", f"unix:{self.control},server=on,wait=off", "-pidfile", str(self.pid_file)),
         ]
         self.qemu = self._spawn("qemu", *qemu, *how)
         await until((self.directory / "agent").exists, 20, "QEMU's sockets")
@@ -174,8 +178,11 @@ class Machine:
         await self.qmp("chardev-add", id="vsock", backend=backend)
         await self.qmp("device_add", driver="vhost-user-vsock-pci", id="vsock", chardev="vsock")
 
-    async def add_disk(self, path: Path) -> str:
-        """A disk that gives what the guest discards back to its file; QEMU's name of it."""
+    async def add_disk(self, path: Path, werror: str = "report") -> str:
+        """A disk that gives what the guest discards back to its file; QEMU's name of it.
+
+        `werror`: what QEMU does when the host cannot write, `report` it to the guest or, on `enospc`, stop.
+        """
         name = f"disk{next(self._disks)}"
         await self.qmp(
             "blockdev-add",
@@ -185,12 +192,26 @@ class Machine:
             detect_zeroes="unmap",
             file={"driver": "file", "filename": str(path), "discard": "unmap"},
         )
-        await self.qmp("device_add", driver="virtio-blk-pci", id=f"{name}-dev", drive=name, werror="report")
+        await self.qmp("device_add", driver="virtio-blk-pci", id=f"{name}-dev", drive=name, werror=werror)
         return name
 
     async def resize_disk(self, name: str, size: int) -> None:
         """Cut or extend the file; the guest hears of it."""
         await self.qmp("block_resize", node_name=name, size=size)
+
+    async def throttle(self, name: str, rate: int) -> None:
+        """The disk is read and written at so many bytes a second; 0: as fast as it can."""
+        limits = dict.fromkeys(("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+        await self.qmp.ask(
+            "block_set_io_throttle", {"id": f"/machine/peripheral/{name}-dev/virtio-backend", "bps": rate, **limits}
+        )
+
+    async def io_status(self, name: str) -> str:
+        """What QEMU itself says of the disk: `ok`, `nospace` or `failed`."""
+        for block in await self.qmp("query-block"):
+            if f"/{name}-dev" in block.get("qdev", ""):
+                return str(block.get("io-status", "not kept"))
+        raise AssertionError(f"QEMU has no disk {name}")
 
     # --- the agent ---
 

@@ -3,82 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import random
 import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from lab.loop import run, workspace
+from lab.loop import run
 from storaged.rpc.proto import storaged_v1_pb2 as v1
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB, MIB
 from tests.vm.conftest import MakeGuest
-from tests.vm.guests import VirtualGuest, blank
+from tests.vm.disks import Base, check, make_base
+from tests.vm.guests import VirtualGuest
 from tests.vm.host import EMPTY
 
 pytestmark = pytest.mark.vm
 AT_ONCE = 2
 SIZE, LARGER, TOLD = 3 * GIB, 4 * GIB, 2 * GIB
-FILE, FILES, KEPT_EVERY = 16 * MIB, 48, 3
 SHRINK_TAKES_S, GROW_TAKES_S, INFLATE_TAKES_S = 2.0, 0.3, 0.5
 """About; moments are chosen from the call to a little after this."""
 RECORDS = "/mnt/stateful/records"
-
-
-@dataclass
-class Base:
-    """A used disk whose data lies everywhere, and what is on it."""
-
-    path: Path
-    hashes: dict[str, str] = field(default_factory=dict)
-
-
-def make_base(path: Path) -> Base:
-    """Written on the host, which is a hundred times as fast."""
-    base = Base(blank(path, SIZE))
-    chance = random.Random(1)
-    with workspace() as directory:
-        run("mkfs.btrfs", "-q", path)
-        loop = run("losetup", "--show", "-f", "--direct-io=off", path)
-        target = directory / "mnt"
-        target.mkdir()
-        run("mount", loop, target)
-        for number in range(FILES):
-            content = chance.randbytes(FILE)
-            (target / f"data{number}").write_bytes(content)
-            if number % 8 == 7:
-                run("btrfs", "filesystem", "sync", target)
-            base.hashes[f"data{number}"] = hashlib.sha256(content).hexdigest()
-        for number in range(FILES):
-            if number % KEPT_EVERY:
-                (target / f"data{number}").unlink()
-                del base.hashes[f"data{number}"]
-        run("btrfs", "filesystem", "sync", target)
-        run("fstrim", target)
-        run("umount", target)
-        run("losetup", "-d", loop)
-    return base
-
-
-def check(disk: Path, base: Base) -> None:
-    """What a host finds on the disk before anybody repairs or replays anything."""
-    run("btrfs", "check", "--readonly", disk)
-    with workspace() as directory:
-        loop = run("losetup", "--show", "-f", "--read-only", disk)
-        target = directory / "mnt"
-        target.mkdir()
-        run("mount", "-o", "ro,rescue=nologreplay", loop, target)
-        for name, expected in base.hashes.items():
-            with (target / name).open("rb") as file:
-                assert hashlib.file_digest(file, "sha256").hexdigest() == expected, name
-        run("umount", target)
-        run("losetup", "-d", loop)
 
 
 class Cuts:
@@ -101,6 +49,12 @@ class Cuts:
                 await self._round(disk)
             except BaseException:
                 print(f"seed {self._seed}, round {number}")
+                print(await self._guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20))
+                print(
+                    await self._guest.machine.run(
+                        "btrfs filesystem usage -b /mnt/stateful; btrfs balance status /mnt/stateful", check=False
+                    )
+                )
                 raise
             disk.unlink()
 
@@ -148,6 +102,7 @@ class Cuts:
 
     async def _boot(self, disk: Path) -> VirtualGuest:
         guest = self._make()
+        self._guest = guest
         await guest.begin_serving(disk)
         started = await guest.start_termina()
         assert started.mount_result == vm.StartTerminaResponse.SUCCESS
@@ -183,7 +138,7 @@ class Cuts:
 
 async def cuts(make_guest: MakeGuest, place: Path, rounds: int) -> None:
     began = time.monotonic()
-    base = await asyncio.to_thread(make_base, place / "base")
+    base = await asyncio.to_thread(make_base, place / "base", SIZE)
     seed = int(os.environ.get("VM_SEED", "1"))
     chains = [Cuts(make_guest, place, base, seed * 100 + number) for number in range(AT_ONCE)]
     async with asyncio.TaskGroup() as all_of_them:

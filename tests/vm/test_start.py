@@ -17,7 +17,8 @@ from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB, MIB
 from tests.vm import ninep
 from tests.vm.conftest import MakeGuest
-from tests.vm.guests import VirtualGuest, blank
+from tests.vm.disks import blank
+from tests.vm.guests import VirtualGuest
 from tests.vm.host import EMPTY
 from tests.vm.ninep import Export
 

@@ -15,12 +15,13 @@ from storaged.rpc.proto import storaged_v1_pb2 as v1
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB, MIB
 from tests.vm.conftest import MakeGuest
+from tests.vm.disks import Base, check, make_base
 from tests.vm.guests import VirtualGuest
 from tests.vm.host import EMPTY
-from tests.vm.test_power_cuts import SIZE, Base, check, make_base
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 YEAR = 365 * 86400
+SIZE = 3 * GIB
 
 
 async def shrinking(guest: VirtualGuest, base: Base) -> int:
@@ -39,7 +40,7 @@ async def shrinking(guest: VirtualGuest, base: Base) -> int:
 
 @pytest.mark.parametrize("off_by", [20 * YEAR, -3 * YEAR])
 async def test_a_standstill_in_the_middle_of_a_shrink(make_guest: MakeGuest, place: Path, off_by: int) -> None:
-    base = await asyncio.to_thread(make_base, place / "stateful")
+    base = await asyncio.to_thread(make_base, place / "stateful", SIZE)
     guest = make_guest()
     target = await shrinking(guest, base)
     guest.machine.stand_still()
@@ -62,7 +63,7 @@ async def test_a_standstill_in_the_middle_of_a_shrink(make_guest: MakeGuest, pla
 
 
 async def test_a_sleep_that_was_announced(make_guest: MakeGuest, place: Path) -> None:
-    base = await asyncio.to_thread(make_base, place / "stateful")
+    base = await asyncio.to_thread(make_base, place / "stateful", SIZE)
     guest = make_guest()
     target = await shrinking(guest, base)
     await guest.host.maitred.PrepareToSuspend(EMPTY, timeout=20)

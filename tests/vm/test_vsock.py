@@ -69,9 +69,16 @@ async def test_a_thousand_calls_pass(make_guest: MakeGuest) -> None:
     for _ in range(200):
         assert (await guest.host.maitred.GetKernelVersion(EMPTY, timeout=20)).kernel_release == kernel_release()
     one = time.monotonic() - began
-    answers = await asyncio.gather(*(guest.host.maitred.GetKernelVersion(EMPTY, timeout=60) for _ in range(800)))
-    print(f"200 calls one after the other {one:.2f} s, 800 at once {time.monotonic() - began - one:.2f} s")
-    assert {answer.kernel_release for answer in answers} == {kernel_release()}
+    # Half of what a connection may have at once; a caller that keeps it full may be refused for a moment.
+    room = asyncio.Semaphore(200)
+
+    async def call() -> str:
+        async with room:
+            return str((await guest.host.maitred.GetKernelVersion(EMPTY, timeout=60)).kernel_release)
+
+    answers = await asyncio.gather(*(call() for _ in range(800)))
+    print(f"200 calls one after the other {one:.2f} s, 800 by 200 at once {time.monotonic() - began - one:.2f} s")
+    assert set(answers) == {kernel_release()}
 
 
 async def test_programs_run_and_one_that_fails_is_reported(make_guest: MakeGuest) -> None:
