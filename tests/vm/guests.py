@@ -6,8 +6,8 @@ import asyncio
 import itertools
 from pathlib import Path
 
-from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
-from tests.vm.host import EMPTY, Host
+from storaged.rpc.proto import vm_guest_pb2
+from tests.vm.host import GUEST_PORT, Calls, Host
 from tests.vm.machine import Machine, free_directory
 
 READY_S = 60.0
@@ -33,7 +33,28 @@ def settings_script(settings: str = SETTINGS) -> str:
     return f"cat >/etc/storaged.toml <<'END'\n{settings}\nEND\necho {SERVE} >/run/next"
 
 
-class VirtualGuest:
+def several_script(count: int) -> str:
+    """For the agent: daemons of further filesystems, beside process 1."""
+    return "\n".join(
+        f"""mkdir -p {mountpoint(number)}
+cat >/etc/storaged-{number}.toml <<'END'
+[serve]
+listen = ["vsock::{GUEST_PORT + number}"]
+stateful = "{mountpoint(number)}"
+state_dir = "{mountpoint(number)}/.storaged"
+wait_for_stateful = true
+END
+python3 -m storaged serve --config /etc/storaged-{number}.toml </dev/null >/dev/console 2>&1 &"""
+        for number in range(1, count)
+    )
+
+
+def mountpoint(number: int) -> str:
+    """Where the filesystem of the daemon at port 8888 + `number` belongs."""
+    return f"/mnt/stateful{number or ''}"
+
+
+class VirtualGuest(Calls):
     """One machine with its host's end."""
 
     def __init__(self, base: Path, booted: Path, serving: Path) -> None:
@@ -56,6 +77,22 @@ class VirtualGuest:
         await self._wake(self._serving, disk, werror)
         await self._hear()
 
+    async def begin_several(self, state: Path, disks: list[Path]) -> list[Calls]:
+        """One filesystem and one daemon for each disk, in a machine that was saved with as many daemons."""
+        await self.machine.wake(state)
+        await self.host.listen()
+        await self.machine.add_vsock()
+        for number, disk in enumerate(disks):
+            await self.machine.add_disk(disk, serial=f"s{number}")
+        await self.machine.go()
+        mounts = "\n".join(
+            f"until d=$(grep -lx s{number} /sys/block/vd*/serial 2>/dev/null); do sleep 0.05; done\n"
+            f"d=${{d#/sys/block/}}; mount -o discard=async /dev/${{d%/serial}} {mountpoint(number)} || exit 1"
+            for number in range(len(disks))
+        )
+        await self.machine.run(mounts)
+        return [await self.host.calls(GUEST_PORT + number) for number in range(len(disks))]
+
     async def _wake(self, state: Path, disk: Path | None, werror: str = "report") -> None:
         await self.machine.wake(state)
         await self.host.listen()
@@ -75,6 +112,7 @@ class VirtualGuest:
         async with asyncio.timeout(READY_S):
             await self.host.startup.ready.wait()
         await self.host.call()
+        self.maitred, self.storage = self.host.maitred, self.host.storage
 
     async def start_termina(self) -> vm_guest_pb2.StartTerminaResponse:
         """As a host does once per start."""
@@ -82,36 +120,6 @@ class VirtualGuest:
             tremplin_ipv4_address=0x015C7364, lxd_ipv4_subnet="100.115.92.1/28", stateful_device="/dev/vdb"
         )
         return await self.host.maitred.StartTermina(request, timeout=150)
-
-    async def status(self) -> vm_guest_pb2.GetResizeStatusResponse:
-        """GetResizeStatus, with the host's deadline."""
-        return await self.host.maitred.GetResizeStatus(EMPTY, timeout=20)
-
-    async def resize(self, size: int) -> None:
-        """ResizeFilesystem, as a host calls it."""
-        await self.host.maitred.ResizeFilesystem(vm_guest_pb2.ResizeFilesystemRequest(size=size), timeout=20)
-
-    async def resized(self, size: int, within_s: float = 90.0) -> None:
-        """Returns once the host would be content. Raises AssertionError with the daemon's reason when it would not."""
-        async with asyncio.timeout(within_s):
-            while (status := await self.status()).resize_in_progress:
-                await asyncio.sleep(0.1)
-        if status.current_size != size:
-            report = await self.host.storage.GetReport(storaged_v1_pb2.GetReportRequest(), timeout=20)
-            raise AssertionError(f"{status.current_size} is not {size}: {report.job}")
-
-    async def tell_free(self, free: int) -> bool:
-        """UpdateStorageBalloon; true when the guest holds to it."""
-        state = vm_guest_pb2.DISK_NORMAL if free > 2 << 30 else vm_guest_pb2.DISK_LOW
-        if free <= 1 << 30:
-            state = vm_guest_pb2.DISK_CRITICAL
-        request = vm_guest_pb2.UpdateStorageBalloonRequest(state=state, free_space_bytes=free)
-        answer = await self.host.maitred.UpdateStorageBalloon(request, timeout=20)
-        return bool(answer.result == vm_guest_pb2.SUCCESS)
-
-    async def available(self) -> int:
-        """GetAvailableSpace."""
-        return int((await self.host.maitred.GetAvailableSpace(EMPTY, timeout=20)).available_space)
 
     async def cut_power(self) -> None:
         """As if somebody pulled the plug."""

@@ -92,13 +92,13 @@ class Machine:
             *("-qmp", f"unix:{self.control},server=on,wait=off", "-pidfile", str(self.pid_file)),
         ]
         self.qemu = self._spawn("qemu", *qemu, *how)
-        await until((self.directory / "agent").exists, 20, "QEMU's sockets")
+        await until((self.directory / "agent").exists, BOOT_S, "QEMU's sockets")
         self.qmp = await self._connected(self.directory / "qmp")
         reader, self._agent = await asyncio.open_unix_connection(str(self.directory / "agent"), limit=1 << 22)
         self._listening = asyncio.create_task(self._listen(reader))
 
     async def _connected(self, path: Path) -> Qmp:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + BOOT_S
         while True:
             try:
                 return await Qmp.connect(str(path))
@@ -178,7 +178,7 @@ class Machine:
         await self.qmp("chardev-add", id="vsock", backend=backend)
         await self.qmp("device_add", driver="vhost-user-vsock-pci", id="vsock", chardev="vsock")
 
-    async def add_disk(self, path: Path, werror: str = "report") -> str:
+    async def add_disk(self, path: Path, werror: str = "report", serial: str = "") -> str:
         """A disk that gives what the guest discards back to its file; QEMU's name of it.
 
         `werror`: what QEMU does when the host cannot write, `report` it to the guest or, on `enospc`, stop.
@@ -192,16 +192,18 @@ class Machine:
             detect_zeroes="unmap",
             file={"driver": "file", "filename": str(path), "discard": "unmap"},
         )
-        await self.qmp("device_add", driver="virtio-blk-pci", id=f"{name}-dev", drive=name, werror=werror)
+        await self.qmp(
+            "device_add", driver="virtio-blk-pci", id=f"{name}-dev", drive=name, werror=werror, serial=serial
+        )
         return name
 
     async def resize_disk(self, name: str, size: int) -> None:
         """Cut or extend the file; the guest hears of it."""
         await self.qmp("block_resize", node_name=name, size=size)
 
-    async def throttle(self, name: str, rate: int) -> None:
-        """The disk is read and written at so many bytes a second; 0: as fast as it can."""
-        limits = dict.fromkeys(("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    async def throttle(self, name: str, rate: int = 0, iops: int = 0) -> None:
+        """So many bytes and requests a second are read and written; 0: as many as can be."""
+        limits = {"iops": iops, **dict.fromkeys(("bps_rd", "bps_wr", "iops_rd", "iops_wr"), 0)}
         await self.qmp.ask(
             "block_set_io_throttle", {"id": f"/machine/peripheral/{name}-dev/virtio-backend", "bps": rate, **limits}
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+import tempfile
 import time
 from pathlib import Path
 
@@ -75,8 +76,7 @@ async def test_the_whole_sequence_and_the_end(make_guest: MakeGuest, place: Path
     assert await guest.machine.run("stat -c %a /mnt/other; stat -f -c %T /mnt/other") == "750\nbtrfs"
 
     # A directory of the host, read and written from both sides.
-    shared = Path("/dev/shm") / place.name  # diod wants no overlay below it
-    shared.mkdir()
+    shared = Path(tempfile.mkdtemp(prefix="storaged-vm-", dir="/dev/shm"))  # diod wants no overlay below it
     export = Export(shared, f"{guest.machine.uds}_{SHARED_PORT}")
     try:
         (shared / "from-host").write_text("hello guest\n")

@@ -29,11 +29,11 @@ async def shrinking(guest: VirtualGuest, base: Base) -> int:
     await guest.begin_serving(base.path)
     await guest.start_termina()
     assert await guest.tell_free(8 * GIB)
-    bound = (await guest.host.maitred.GetResizeBounds(EMPTY, timeout=60)).minimum_size
+    bound = await guest.minimum()
     target = int(bound + 96 * MIB) // MIB * MIB
     await guest.resize(target)
     async with asyncio.timeout(30):
-        while (await guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20)).job.state != v1.JOB_RUNNING:
+        while (await guest.report()).job.state != v1.JOB_RUNNING:
             await asyncio.sleep(0.05)
     return target
 
