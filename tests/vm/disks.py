@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +39,10 @@ def small_host(size: int) -> Iterator[Path]:
     with workspace(memory()) as directory:
         image = blank(directory / "host.img", size)
         run("mkfs.ext4", "-q", "-m", "0", "-N", "4096", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
-        mounted = directory / "pool"
-        mounted.mkdir()
-        run("mount", "-o", "loop", image, mounted)
-        yield mounted
+        pool = directory / "pool"
+        pool.mkdir()
+        run("mount", "-o", "loop", image, pool)
+        yield pool
 
 
 @dataclass
@@ -59,12 +60,8 @@ def make_base(
     """Written on the host, which is a hundred times as fast as the guest; its data lies `above` so many bytes."""
     base = Base(blank(path, size), size)
     chance = random.Random(1)
-    with workspace() as directory:
-        run("mkfs.btrfs", "-q", path)
-        loop = run("losetup", "--show", "-f", "--direct-io=off", path)
-        target = directory / "mnt"
-        target.mkdir()
-        run("mount", loop, target)
+    run("mkfs.btrfs", "-q", path)
+    with mounted(path) as target:
         if above:
             run("fallocate", "-l", str(above), target / "room")
         for number in range(files):
@@ -80,28 +77,33 @@ def make_base(
         (target / "room").unlink(missing_ok=True)
         run("btrfs", "filesystem", "sync", target)
         run("fstrim", target)
-        run("umount", target)
-        run("losetup", "-d", loop)
     return base
 
 
 def check(disk: Path, base: Base) -> None:
     """What a host finds on the disk before anybody repairs or replays anything: sound, and every old file whole."""
     run("btrfs", "check", "--readonly", disk)
-    with looked_at(disk) as target:
+    with mounted(disk, "ro", "rescue=nologreplay") as target:
         for name, expected in base.hashes.items():
             with (target / name).open("rb") as file:
                 assert hashlib.file_digest(file, "sha256").hexdigest() == expected, name
 
 
 @contextlib.contextmanager
-def looked_at(disk: Path) -> Iterator[Path]:
-    """The disk's files, read by the host; nothing is written or replayed."""
+def mounted(disk: Path, *options: str) -> Iterator[Path]:
+    """The disk's files, as the host sees them."""
     with workspace() as directory:
-        loop = run("losetup", "--show", "-f", "--read-only", disk)
         target = directory / "mnt"
         target.mkdir()
-        run("mount", "-o", "ro,rescue=nologreplay", loop, target)
-        yield target
-        run("umount", target)
-        run("losetup", "-d", loop)
+        run("mount", "-o", ",".join(("loop", *options)), disk, target)
+        try:
+            yield target
+        finally:
+            for left in range(100, -1, -1):
+                try:
+                    run("umount", target)
+                    break
+                except RuntimeError:  # a process that is about to be another program still has our files open
+                    if not left:
+                        raise
+                    time.sleep(0.05)

@@ -75,7 +75,7 @@ class VirtualGuest(Calls):
     async def begin_serving(self, disk: Path | None = None, *, werror: str = "report") -> None:
         """The same with the daemon that waits for its filesystem; returns once VmReady came."""
         await self._wake(self._serving, disk, werror)
-        await self._hear()
+        await self.hear()
 
     async def begin_several(self, state: Path, disks: list[Path]) -> list[Calls]:
         """One filesystem and one daemon for each disk, in a machine that was saved with as many daemons."""
@@ -106,9 +106,10 @@ class VirtualGuest(Calls):
     async def serve(self, settings: str = SETTINGS) -> None:
         """The daemon becomes process 1; returns once VmReady came."""
         await self.machine.run(settings_script(settings))
-        await self._hear()
+        await self.hear()
 
-    async def _hear(self) -> None:
+    async def hear(self) -> None:
+        """Returns once VmReady came."""
         async with asyncio.timeout(READY_S):
             await self.host.startup.ready.wait()
         await self.host.call()

@@ -162,6 +162,11 @@ class Host(Calls):
         first = await self.calls(GUEST_PORT)
         self.maitred, self.storage = first.maitred, first.storage
 
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """For whoever needs more than the two stubs."""
+        return self._channels[0]
+
     async def calls(self, port: int) -> Calls:
         """A channel to the daemon that listens there."""
         way, path = Outward(connect_to(self.uds, port)), f"{self._private}/{port}"

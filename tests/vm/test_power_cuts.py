@@ -103,7 +103,7 @@ class Chain:
         if disk.told:
             assert report.balloon.limit_bytes in disk.told, "what the journal says was told"
         disk.target = disk.target or (await calls.minimum() + 64 * MIB) // MIB * MIB
-        if stage in {1, 2} and status.current_size != disk.target and status.current_size != LARGER:
+        if stage in {1, 2} and status.current_size not in {disk.target, LARGER}:
             assert disk.target <= status.current_size <= SIZE
             await calls.resize(disk.target)
             await calls.resized(disk.target)
@@ -116,7 +116,7 @@ class Chain:
             await self._held(calls)
 
     async def _held(self, calls: Calls) -> None:
-        """The balloon comes to where it is told; a balance that the kernel took up again may be in its way for a while."""
+        """The balloon comes to where it is told; a balance that the kernel took up again may be in its way."""
         async with asyncio.timeout(60):
             while not await calls.tell_free(TOLD):
                 self.found["had to be told again after the boot"] += 1

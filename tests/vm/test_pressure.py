@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from lab.loop import run, workspace
+from lab.loop import run
 from storaged.units import MIB
 from tests.vm.conftest import MakeGuest
 from tests.vm.controller import Controller
-from tests.vm.disks import blank, free, host_bytes, small_host
+from tests.vm.disks import blank, free, host_bytes, mounted, small_host
 from tests.vm.guests import VirtualGuest
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
@@ -125,17 +125,11 @@ async def fill(guest: VirtualGuest, pool: Path) -> Seen:
 def damaged(disk: Path, seen: Seen) -> list[int]:
     """The durable files that a host does not find whole, after the power was cut."""
     lost = []
-    with workspace() as directory:
-        loop = run("losetup", "--show", "-f", "--direct-io=off", disk)
-        target = directory / "mnt"
-        target.mkdir()
-        run("mount", loop, target)
+    with mounted(disk) as target:
         for number in seen.kept:
             path = target / Path(FOLDER).name / str(number)
             if not path.exists() or path.read_bytes() != hashlib.sha256(str(number).encode()).digest() * (FILE // 32):
                 lost.append(number)
-        run("umount", target)
-        run("losetup", "-d", loop)
     return lost
 
 
