@@ -476,7 +476,7 @@ class StorageService:
             try:
                 held = await self._in("balloon", self._engine.hold, limit)
                 self._publish(held.space)
-                event = ev.BalloonSettled(limit, held.size, clock.monotonic(), tight(held.space))
+                event = ev.BalloonSettled(limit, held.size, clock.monotonic(), tight(held.space), held.again)
             except Exception as error:  # noqa: BLE001  # whatever it is, the balloon is tried again
                 event = ev.BalloonFailed(limit, await self._balloon_size(), str(error), clock.monotonic())
             self._post(event)
@@ -592,7 +592,7 @@ class StorageService:
             if limit is not None or self._engine.size():
                 held = self._engine.hold(limit)
                 now = self._world.clock.monotonic()
-                self._tell(ev.BalloonSettled(limit, held.size, now, tight(held.space)))
+                self._tell(ev.BalloonSettled(limit, held.size, now, tight(held.space), held.again))
         except (StoragedError, OSError) as error:
             log.info("the balloon comes back later: %s", error)  # the job's end makes the core try again
 

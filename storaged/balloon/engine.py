@@ -38,6 +38,8 @@ class Held:
     space: Space
     inflated: int
     deflated: int
+    again: bool = False
+    """It is within the slack, but the kernel still holds a chunk that it will give back: hold again soon."""
 
 
 class BalloonEngine:
@@ -195,7 +197,9 @@ class BalloonEngine:
             self._approach(limit, may_give=committed)
             # Only a commit makes it durable, f_bavail true, and everything count that was deleted a moment ago.
             self._fs.sync()
-            if not target.next_move(self._fs.space(), self._balloon.size(), limit).by:
+            space = self._fs.space()
+            by = target.next_move(space, self._balloon.size(), limit).by
+            if by == 0 or (by > 0 and _moves_chunks(space)):
                 break
         return self._checked(limit, self.inflated_total - before[0], self.deflated_total - before[1])
 
@@ -247,7 +251,9 @@ class BalloonEngine:
         held = self._balloon.size()
         if deflated and target.relief_due(space, held + deflated):
             self._hand_back_chunks()
-        return Held(held, space, inflated, deflated)
+        # A balance hides the chunk that it empties, and gives it back to everybody at its end.
+        again = _moves_chunks(space) and target.next_move(space, held, limit).by > 0
+        return Held(held, space, inflated, deflated, again)
 
     def _wait_while_busy(self) -> Space:
         """The space once the kernel's exclusive operation is over: its own chunk reclaim and ours take milliseconds.
@@ -292,6 +298,11 @@ class BalloonEngine:
             self._fs.reclaim_empty_chunks()
         except FilesystemError:
             self._fs.sync()  # no room even for that: the next commit wakes the kernel's cleaner
+
+
+def _moves_chunks(space: Space) -> bool:
+    """True while an exclusive operation is at work."""
+    return space.exclusive_operation != "none" and "paused" not in space.exclusive_operation
 
 
 def goal_gap(space: Space, limit: int) -> int:

@@ -31,6 +31,8 @@ class BalloonSettled:
     at: float
     tight: bool = False
     """Metadata headroom is small: look at it again soon."""
+    again: bool = False
+    """A balance will give room back at its end: hold it again soon."""
 
 
 @dataclass(frozen=True, slots=True)

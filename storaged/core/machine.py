@@ -6,7 +6,8 @@ The rules, in prose:
    and the balloon is brought there; the answer goes out when it is there, or could not be.
 2. The level follows the pressure table. Entering a level runs the effects of `ON_ENTER`, in order. The write-back
    limits found before the first change are kept, survive a crash, and are put back exactly at NORMAL.
-3. A balloon that could not settle is tried again, at growing intervals and whenever something changed.
+3. A balloon that could not settle is tried again, at growing intervals and whenever something changed; so is one
+   that settled while the kernel had room in hand that it will give back.
 4. There is at most one resize job. It follows the table of `resize.job`; while it runs the balloon belongs to it,
    and afterwards the balloon is brought back to the limit.
 5. Effects are listed in the order in which they are begun. A `Save` is durable before the next event is looked at,
@@ -204,7 +205,7 @@ def _balloon_settled(state: State, event: ev.BalloonSettled) -> Result:
         asked=False,
         failures=0,
         reason="",
-        retry_at=None,
+        retry_at=event.at + state.config.retry_first_s if event.again and event.limit is not None else None,
         guard_at=guard_at,
     )
     effects: tuple[ev.Effect, ...] = (ev.AnswerReport(),) if balloon.asked else ()

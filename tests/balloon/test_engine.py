@@ -118,6 +118,21 @@ def test_nothing_is_taken_while_chunks_move(guest: Guest, what: str) -> None:
     assert guest.engine.hold(4 * GIB).deflated > 0, "giving back is always allowed"
 
 
+def test_what_a_balance_hides_is_looked_at_again(guest: Guest) -> None:
+    limit = guest.engine.hold(2 * GIB).space.available - 100 * MIB
+    guest.disk.exclusive_operation = "balance"
+    held = guest.engine.hold(limit)
+    assert held.again, "within the slack, but the balance will give a chunk back"
+    guest.disk.exclusive_operation = "balance paused"
+    with pytest.raises(FilesystemError, match="paused"):
+        guest.engine.hold(limit - GIB)
+    assert not guest.engine.hold(limit).again, "it gives nothing back by itself"
+    guest.disk.exclusive_operation = "none"
+    held = guest.engine.hold(limit)
+    assert not held.again
+    assert held.inflated > 0
+
+
 def test_freed_blocks_are_handed_back_before_the_balloon_takes_their_place(guest: Guest) -> None:
     guest.disk.write(2 * GIB)
     guest.disk.delete(GIB)

@@ -86,6 +86,18 @@ def test_the_answer_says_why_it_is_not() -> None:
     assert (state.balloon.state, state.balloon.reason, state.balloon.size) == (BalloonState.FAILED, "no room", MIB)
 
 
+def test_a_balloon_that_settled_while_chunks_moved_is_held_again() -> None:
+    state, _ = play(State(), reported(5 * GIB))
+    state, effects = step(state, ev.BalloonSettled(4 * GIB, 3 * GIB, 1.0, again=True))
+    assert effects == (ev.AnswerReport(),)
+    again = 1.0 + CONFIG.retry_first_s
+    assert next_wakeup(state) == again
+    state, effects = step(state, ev.Tick(again, 0.0))
+    assert effects == (ev.HoldAvailable(4 * GIB),)
+    state, _ = step(state, ev.BalloonSettled(4 * GIB, 3 * GIB, again))
+    assert state.balloon.retry_at is None
+
+
 def test_an_older_limit_that_settles_answers_nobody() -> None:
     state, _ = play(State(), reported(5 * GIB), reported(3 * GIB))
     state, effects = step(state, ev.BalloonSettled(4 * GIB, GIB, 1.0))

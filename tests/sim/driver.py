@@ -205,7 +205,9 @@ class Driver:
     def _hold(self, limit: int | None) -> None:
         try:
             held = self.engine.hold(limit)
-            self._queue.append(ev.BalloonSettled(limit, held.size, self.clock.now, target.tight(held.space)))
+            self._queue.append(
+                ev.BalloonSettled(limit, held.size, self.clock.now, target.tight(held.space), held.again)
+            )
         except FilesystemError as error:
             self._queue.append(ev.BalloonFailed(limit, self.engine.size(), error.message, self.clock.now))
 

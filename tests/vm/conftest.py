@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from lab.loop import memory
 from tests.vm import image, parts
-from tests.vm.guests import SERVES, VirtualGuest, settings_script
+from tests.vm.guests import SERVES, VirtualGuest, settings_script, several_script
 from tests.vm.machine import Machine, free_directory, until
 
+DAEMONS = 5
 MakeGuest = Callable[[], VirtualGuest]
 
 
@@ -39,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def saved() -> Iterator[Saved]:
     """A machine is booted once, and saved before and after its daemon starts."""
-    directory = Path(tempfile.mkdtemp(prefix="storaged-vm-"))
+    directory = Path(tempfile.mkdtemp(prefix="storaged-vm-", dir=memory()))
     try:
         image.disk()
         image.initramfs()
@@ -69,10 +71,32 @@ async def _save(directory: Path) -> None:
     print(f"vm: booted in {booted - began:.1f} s, saved in {time.monotonic() - booted:.1f} s")
 
 
+@pytest.fixture(scope="session")
+def several(saved: Saved) -> Path:
+    """The serving machine with DAEMONS daemons, each of which waits for a filesystem of its own."""
+    asyncio.run(_save_several(saved))
+    return saved.serving.parent / "several"
+
+
+async def _save_several(saved: Saved) -> None:
+    machine = Machine(free_directory(saved.serving.parent, "second"), 3)
+    try:
+        await machine.wake(saved.serving)
+        await machine.go()
+        await machine.run(several_script(DAEMONS))
+        await until(lambda: machine.console_path.read_bytes().count(SERVES) == DAEMONS - 1, 90, "the daemons serve")
+        await machine.save(saved.serving.parent / "several")
+    except BaseException:
+        print(machine.says())
+        raise
+    finally:
+        await machine.close()
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A directory for sockets and disks; gone after the test."""
-    path = Path(tempfile.mkdtemp(prefix="storaged-vm-"))
+    path = Path(tempfile.mkdtemp(prefix="storaged-vm-", dir=memory()))
     yield path
     shutil.rmtree(path, ignore_errors=True)
 

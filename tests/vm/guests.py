@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from pathlib import Path
 
-from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
-from tests.vm.host import EMPTY, Host
+from storaged.rpc.proto import vm_guest_pb2
+from tests.vm.host import GUEST_PORT, Calls, Host
 from tests.vm.machine import Machine, free_directory
 
 READY_S = 60.0
@@ -34,14 +33,28 @@ def settings_script(settings: str = SETTINGS) -> str:
     return f"cat >/etc/storaged.toml <<'END'\n{settings}\nEND\necho {SERVE} >/run/next"
 
 
-def blank(path: Path, size: int) -> Path:
-    """A sparse file."""
-    with path.open("wb") as file:
-        file.truncate(size)
-    return path
+def several_script(count: int) -> str:
+    """For the agent: daemons of further filesystems, beside process 1."""
+    return "\n".join(
+        f"""mkdir -p {mountpoint(number)}
+cat >/etc/storaged-{number}.toml <<'END'
+[serve]
+listen = ["vsock::{GUEST_PORT + number}"]
+stateful = "{mountpoint(number)}"
+state_dir = "{mountpoint(number)}/.storaged"
+wait_for_stateful = true
+END
+python3 -m storaged serve --config /etc/storaged-{number}.toml </dev/null >/dev/console 2>&1 &"""
+        for number in range(1, count)
+    )
 
 
-class VirtualGuest:
+def mountpoint(number: int) -> str:
+    """Where the filesystem of the daemon at port 8888 + `number` belongs."""
+    return f"/mnt/stateful{number or ''}"
+
+
+class VirtualGuest(Calls):
     """One machine with its host's end."""
 
     def __init__(self, base: Path, booted: Path, serving: Path) -> None:
@@ -51,6 +64,7 @@ class VirtualGuest:
         self.machine = Machine(free_directory(base, str(self.cid)), self.cid)
         self.host = Host(self.machine.uds)
         self.disk = ""
+        self._closed = False
         self.over = False
         """Its power was cut on purpose."""
 
@@ -58,17 +72,33 @@ class VirtualGuest:
         """The machine runs, with its devices; no daemon yet."""
         await self._wake(self._booted, disk)
 
-    async def begin_serving(self, disk: Path | None = None) -> None:
+    async def begin_serving(self, disk: Path | None = None, *, werror: str = "report") -> None:
         """The same with the daemon that waits for its filesystem; returns once VmReady came."""
-        await self._wake(self._serving, disk)
-        await self._hear()
+        await self._wake(self._serving, disk, werror)
+        await self.hear()
 
-    async def _wake(self, state: Path, disk: Path | None) -> None:
+    async def begin_several(self, state: Path, disks: list[Path]) -> list[Calls]:
+        """One filesystem and one daemon for each disk, in a machine that was saved with as many daemons."""
+        await self.machine.wake(state)
+        await self.host.listen()
+        await self.machine.add_vsock()
+        for number, disk in enumerate(disks):
+            await self.machine.add_disk(disk, serial=f"s{number}")
+        await self.machine.go()
+        mounts = "\n".join(
+            f"until d=$(grep -lx s{number} /sys/block/vd*/serial 2>/dev/null); do sleep 0.05; done\n"
+            f"d=${{d#/sys/block/}}; mount -o discard=async /dev/${{d%/serial}} {mountpoint(number)} || exit 1"
+            for number in range(len(disks))
+        )
+        await self.machine.run(mounts)
+        return [await self.host.calls(GUEST_PORT + number) for number in range(len(disks))]
+
+    async def _wake(self, state: Path, disk: Path | None, werror: str = "report") -> None:
         await self.machine.wake(state)
         await self.host.listen()
         await self.machine.add_vsock()
         if disk is not None:
-            self.disk = await self.machine.add_disk(disk)
+            self.disk = await self.machine.add_disk(disk, werror)
         await self.machine.go()
         if disk is not None:
             await self.machine.run("until test -b /dev/vdb; do sleep 0.05; done")
@@ -76,12 +106,14 @@ class VirtualGuest:
     async def serve(self, settings: str = SETTINGS) -> None:
         """The daemon becomes process 1; returns once VmReady came."""
         await self.machine.run(settings_script(settings))
-        await self._hear()
+        await self.hear()
 
-    async def _hear(self) -> None:
+    async def hear(self) -> None:
+        """Returns once VmReady came."""
         async with asyncio.timeout(READY_S):
             await self.host.startup.ready.wait()
         await self.host.call()
+        self.maitred, self.storage = self.host.maitred, self.host.storage
 
     async def start_termina(self) -> vm_guest_pb2.StartTerminaResponse:
         """As a host does once per start."""
@@ -89,36 +121,6 @@ class VirtualGuest:
             tremplin_ipv4_address=0x015C7364, lxd_ipv4_subnet="100.115.92.1/28", stateful_device="/dev/vdb"
         )
         return await self.host.maitred.StartTermina(request, timeout=150)
-
-    async def status(self) -> vm_guest_pb2.GetResizeStatusResponse:
-        """GetResizeStatus, with the host's deadline."""
-        return await self.host.maitred.GetResizeStatus(EMPTY, timeout=20)
-
-    async def resize(self, size: int) -> None:
-        """ResizeFilesystem, as a host calls it."""
-        await self.host.maitred.ResizeFilesystem(vm_guest_pb2.ResizeFilesystemRequest(size=size), timeout=20)
-
-    async def resized(self, size: int, within_s: float = 90.0) -> None:
-        """Returns once the host would be content. Raises AssertionError with the daemon's reason when it would not."""
-        async with asyncio.timeout(within_s):
-            while (status := await self.status()).resize_in_progress:
-                await asyncio.sleep(0.1)
-        if status.current_size != size:
-            report = await self.host.storage.GetReport(storaged_v1_pb2.GetReportRequest(), timeout=20)
-            raise AssertionError(f"{status.current_size} is not {size}: {report.job}")
-
-    async def tell_free(self, free: int) -> bool:
-        """UpdateStorageBalloon; true when the guest holds to it."""
-        state = vm_guest_pb2.DISK_NORMAL if free > 2 << 30 else vm_guest_pb2.DISK_LOW
-        if free <= 1 << 30:
-            state = vm_guest_pb2.DISK_CRITICAL
-        request = vm_guest_pb2.UpdateStorageBalloonRequest(state=state, free_space_bytes=free)
-        answer = await self.host.maitred.UpdateStorageBalloon(request, timeout=20)
-        return bool(answer.result == vm_guest_pb2.SUCCESS)
-
-    async def available(self) -> int:
-        """GetAvailableSpace."""
-        return int((await self.host.maitred.GetAvailableSpace(EMPTY, timeout=20)).available_space)
 
     async def cut_power(self) -> None:
         """As if somebody pulled the plug."""
@@ -128,10 +130,8 @@ class VirtualGuest:
 
     async def close(self) -> None:
         """Nothing of it is left but files."""
+        if self._closed:
+            return
+        self._closed = True
         await self.host.close()
         await self.machine.close()
-
-
-def host_bytes(path: Path) -> int:
-    """What a file costs the host."""
-    return os.stat(path).st_blocks * 512

@@ -39,6 +39,9 @@ class Machine:
         self.cid = cid
         self.console_path = directory / "console"
         self.uds = directory / "vsock"
+        self.control = directory / "control"
+        """QMP for a host; a monitor serves one caller at a time."""
+        self.pid_file = directory / "pid"
         self.qmp: Qmp
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ids = itertools.count(1)
@@ -86,15 +89,16 @@ class Machine:
             *("-chardev", f"file,id=console,path={self.console_path},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,path={self.directory}/agent,server=on,wait=off"),
             *("-serial", "chardev:agent", "-qmp", f"unix:{self.directory}/qmp,server=on,wait=off", "-S"),
+            *("-qmp", f"unix:{self.control},server=on,wait=off", "-pidfile", str(self.pid_file)),
         ]
         self.qemu = self._spawn("qemu", *qemu, *how)
-        await until((self.directory / "agent").exists, 20, "QEMU's sockets")
+        await until((self.directory / "agent").exists, BOOT_S, "QEMU's sockets")
         self.qmp = await self._connected(self.directory / "qmp")
         reader, self._agent = await asyncio.open_unix_connection(str(self.directory / "agent"), limit=1 << 22)
         self._listening = asyncio.create_task(self._listen(reader))
 
     async def _connected(self, path: Path) -> Qmp:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + BOOT_S
         while True:
             try:
                 return await Qmp.connect(str(path))
@@ -174,8 +178,11 @@ class Machine:
         await self.qmp("chardev-add", id="vsock", backend=backend)
         await self.qmp("device_add", driver="vhost-user-vsock-pci", id="vsock", chardev="vsock")
 
-    async def add_disk(self, path: Path) -> str:
-        """A disk that gives what the guest discards back to its file; QEMU's name of it."""
+    async def add_disk(self, path: Path, werror: str = "report", serial: str = "") -> str:
+        """A disk that gives what the guest discards back to its file; QEMU's name of it.
+
+        `werror`: what QEMU does when the host cannot write, `report` it to the guest or, on `enospc`, stop.
+        """
         name = f"disk{next(self._disks)}"
         await self.qmp(
             "blockdev-add",
@@ -185,12 +192,28 @@ class Machine:
             detect_zeroes="unmap",
             file={"driver": "file", "filename": str(path), "discard": "unmap"},
         )
-        await self.qmp("device_add", driver="virtio-blk-pci", id=f"{name}-dev", drive=name, werror="report")
+        await self.qmp(
+            "device_add", driver="virtio-blk-pci", id=f"{name}-dev", drive=name, werror=werror, serial=serial
+        )
         return name
 
     async def resize_disk(self, name: str, size: int) -> None:
         """Cut or extend the file; the guest hears of it."""
         await self.qmp("block_resize", node_name=name, size=size)
+
+    async def throttle(self, name: str, rate: int = 0, iops: int = 0) -> None:
+        """So many bytes and requests a second are read and written; 0: as many as can be."""
+        limits = {"iops": iops, **dict.fromkeys(("bps_rd", "bps_wr", "iops_rd", "iops_wr"), 0)}
+        await self.qmp.ask(
+            "block_set_io_throttle", {"id": f"/machine/peripheral/{name}-dev/virtio-backend", "bps": rate, **limits}
+        )
+
+    async def io_status(self, name: str) -> str:
+        """What QEMU itself says of the disk: `ok`, `nospace` or `failed`."""
+        for block in await self.qmp("query-block"):
+            if f"/{name}-dev" in block.get("qdev", ""):
+                return str(block.get("io-status", "not kept"))
+        raise AssertionError(f"QEMU has no disk {name}")
 
     # --- the agent ---
 

@@ -1,206 +1,210 @@
-"""The plug is pulled in the middle of a shrink, a grow, an inflate; then the disk is looked at, and the guest boots."""
+"""The plug is pulled in the middle of a shrink, a grow, an inflate and a journal's writing; then everybody looks.
+
+Each machine has a disk and a daemon for every kind, so that one cut is one of each. Between two cuts a disk moves on:
+what was cut is looked at by the host, found by a daemon that starts, brought to where it was going, and is then what
+the next kind begins with.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import random
 import shutil
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from lab.loop import run, workspace
-from storaged.rpc.proto import storaged_v1_pb2 as v1
-from storaged.rpc.proto import vm_guest_pb2 as vm
+from lab.loop import memory, run, workspace
 from storaged.units import GIB, MIB
-from tests.vm.conftest import MakeGuest
-from tests.vm.guests import VirtualGuest, blank
-from tests.vm.host import EMPTY
+from tests.vm.conftest import DAEMONS, MakeGuest
+from tests.vm.disks import Base, check, make_base
+from tests.vm.guests import VirtualGuest, mountpoint
+from tests.vm.host import Calls
 
 pytestmark = pytest.mark.vm
 AT_ONCE = 2
 SIZE, LARGER, TOLD = 3 * GIB, 4 * GIB, 2 * GIB
-FILE, FILES, KEPT_EVERY = 16 * MIB, 48, 3
-SHRINK_TAKES_S, GROW_TAKES_S, INFLATE_TAKES_S = 2.0, 0.3, 0.5
-"""About; moments are chosen from the call to a little after this."""
-RECORDS = "/mnt/stateful/records"
+PLENTY = 64 * GIB
+KINDS = ("shrink", "grow", "inflate", "journal")
+WINDOW_S = {"shrink": 3.0, "grow": 1.0, "inflate": 1.5, "journal": 1.5}
+"""The cut comes so long after the call at the most; with the disks slowed down most find it under way."""
+SLOW = {"shrink": (12 * MIB, 0), "grow": (0, 20), "inflate": (0, 20), "journal": (0, 40)}
+"""Bytes and requests a second."""
+FILE, FILES = 4 * MIB, 120
 
 
 @dataclass
-class Base:
-    """A used disk whose data lies everywhere, and what is on it."""
+class Disk:
+    """One disk on its way through the kinds."""
 
     path: Path
-    hashes: dict[str, str] = field(default_factory=dict)
+    target: int = 0
+    """What it shrinks to."""
+    durable: int = 0
+    records: str = ""
+    told: list[int] = field(default_factory=list)
+    """Limits that the journal may have: the last that was answered, and those sent since."""
 
 
-def make_base(path: Path) -> Base:
-    """Written on the host, which is a hundred times as fast."""
-    base = Base(blank(path, SIZE))
-    chance = random.Random(1)
-    with workspace() as directory:
-        run("mkfs.btrfs", "-q", path)
-        loop = run("losetup", "--show", "-f", "--direct-io=off", path)
-        target = directory / "mnt"
-        target.mkdir()
-        run("mount", loop, target)
-        for number in range(FILES):
-            content = chance.randbytes(FILE)
-            (target / f"data{number}").write_bytes(content)
-            if number % 8 == 7:
-                run("btrfs", "filesystem", "sync", target)
-            base.hashes[f"data{number}"] = hashlib.sha256(content).hexdigest()
-        for number in range(FILES):
-            if number % KEPT_EVERY:
-                (target / f"data{number}").unlink()
-                del base.hashes[f"data{number}"]
-        run("btrfs", "filesystem", "sync", target)
-        run("fstrim", target)
-        run("umount", target)
-        run("losetup", "-d", loop)
-    return base
+class Chain:
+    """Machines one after the other, with a disk for each kind, and one more whose journal is looked at."""
 
-
-def check(disk: Path, base: Base) -> None:
-    """What a host finds on the disk before anybody repairs or replays anything."""
-    run("btrfs", "check", "--readonly", disk)
-    with workspace() as directory:
-        loop = run("losetup", "--show", "-f", "--read-only", disk)
-        target = directory / "mnt"
-        target.mkdir()
-        run("mount", "-o", "ro,rescue=nologreplay", loop, target)
-        for name, expected in base.hashes.items():
-            with (target / name).open("rb") as file:
-                assert hashlib.file_digest(file, "sha256").hexdigest() == expected, name
-        run("umount", target)
-        run("losetup", "-d", loop)
-
-
-class Cuts:
-    """Rounds of three cuts on one disk after the other: a shrink, a grow, an inflate."""
-
-    def __init__(self, make_guest: MakeGuest, place: Path, base: Base, seed: int) -> None:
-        self._make = make_guest
-        self._place = place
-        self._base = base
-        self._chance = random.Random(seed)
-        self._seed = seed
-        self._bound = 0
+    def __init__(self, make_guest: MakeGuest, several: Path, place: Path, base: Base, seed: int) -> None:
+        self._make, self._several, self._place, self._base = make_guest, several, place, base
+        self._seed, self._chance = seed, random.Random(seed)
+        self._made = 0
         self.found: Counter[str] = Counter()
 
-    async def rounds(self, count: int) -> None:
-        for number in range(count):
-            disk = self._place / f"disk-{self._seed}-{number}"
-            await asyncio.to_thread(run, "cp", "--sparse=always", self._base.path, disk)
+    async def cuts(self, count: int) -> None:
+        """So many of each kind."""
+        disks = [await self._fresh() for _ in range(DAEMONS)]
+        for number in range(count + 1):
+            guest = self._make()
+            calls = await guest.begin_several(self._several, [disk.path for disk in disks])
             try:
-                await self._round(disk)
+                async with asyncio.TaskGroup() as ready:
+                    for stage, disk in enumerate(disks):
+                        ready.create_task(self._ready(stage, guest, calls[stage], disk))
+                if number == count:
+                    return
+                await self._cut(number, guest, calls, disks)
             except BaseException:
-                print(f"seed {self._seed}, round {number}")
+                print(f"seed {self._seed}, cut {number}")
                 raise
-            disk.unlink()
+            for disk in disks[: len(KINDS)]:
+                await asyncio.to_thread(check, disk.path, self._base)
+            disks.pop().path.unlink()
+            disks.insert(0, await self._fresh())
 
-    async def _round(self, disk: Path) -> None:
-        guest = await self._boot(disk)
-        self._bound = (await guest.host.maitred.GetResizeBounds(EMPTY, timeout=60)).minimum_size
-        target = (self._bound + 96 * MIB) // MIB * MIB
-        assert target < SIZE - 512 * MIB
-        await guest.resize(target)
-        durable = await self._cut(guest, disk, "shrink", SHRINK_TAKES_S)
+    async def _fresh(self) -> Disk:
+        self._made += 1
+        disk = Disk(self._place / f"disk-{self._seed}-{self._made}")
+        await asyncio.to_thread(run, "cp", "--sparse=always", self._base.path, disk.path)
+        await asyncio.to_thread(run, "btrfstune", "-f", "-u", disk.path)  # one kernel mounts no two of the same name
+        return disk
 
-        guest = await self._boot(disk)
-        await self._settled(guest, "shrink", durable, target, SIZE)
-        await guest.resize(target)
-        await guest.resized(target)
-        await guest.machine.resize_disk(guest.disk, LARGER)
-        await guest.resize(LARGER)
-        durable = await self._cut(guest, disk, "grow", GROW_TAKES_S)
-
-        guest = await self._boot(disk)
-        await self._settled(guest, "grow", durable, target, LARGER)
-        await guest.resize(LARGER)
-        await guest.resized(LARGER)
-        telling = asyncio.create_task(guest.tell_free(TOLD))
-        durable = await self._cut(guest, disk, "inflate", INFLATE_TAKES_S)
-        await asyncio.gather(telling, return_exceptions=True)
-
-        guest = await self._boot(disk)
-        await self._settled(guest, "inflate", durable, LARGER, LARGER)
-        balloon = (await guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20)).balloon
-        self.found[f"inflate: {'nothing' if not balloon.size_bytes else 'balloon'} there after the boot"] += 1
-        # A balance that the cut interrupted is taken up again by the kernel at mount, and the balloon waits for it.
-        async with asyncio.timeout(60):
-            while not await guest.tell_free(TOLD):
-                self.found["inflate: had to be told again after the boot"] += 1
-                await asyncio.sleep(1)
-        # Such a balance also gives back a chunk that was out of use, which may be one too many, for a moment.
-        chunk = (await guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20)).filesystem.data_chunk_bytes
-        async with asyncio.timeout(30):
-            while (available := await guest.available()) > TOLD - GIB + MIB:
-                assert available <= TOLD - GIB + chunk + MIB, (available, chunk)
-                self.found["inflate: a chunk too many for a moment"] += 1
-                await asyncio.sleep(1)
-        await guest.cut_power()
-
-    async def _boot(self, disk: Path) -> VirtualGuest:
-        guest = self._make()
-        await guest.begin_serving(disk)
-        started = await guest.start_termina()
-        assert started.mount_result == vm.StartTerminaResponse.SUCCESS
-        return guest
-
-    async def _cut(self, guest: VirtualGuest, disk: Path, what: str, takes_s: float) -> int:
-        """How many records were durable by then."""
-        guest.machine.keep_writing(RECORDS)
-        await asyncio.sleep(self._chance.uniform(0, takes_s))
-        durable = guest.machine.records
-        if what != "inflate":
-            self.found[f"{what}: {'running' if (await guest.status()).resize_in_progress else 'over'} at the cut"] += 1
-            durable = guest.machine.records
-        await guest.cut_power()
-        await asyncio.to_thread(check, disk, self._base)
-        return durable
-
-    async def _settled(self, guest: VirtualGuest, what: str, durable: int, least: int, most: int) -> None:
-        """No job hangs, the size is one that the filesystem may have, nothing durable is lost."""
-        async with asyncio.timeout(30):
-            while (status := await guest.status()).resize_in_progress:
-                await asyncio.sleep(0.1)
-        assert least <= status.current_size <= most, (what, status)
-        report = await guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20)
-        assert status.current_size in {report.filesystem.size_bytes, least}
+    async def _ready(self, stage: int, guest: VirtualGuest, calls: Calls, disk: Disk) -> None:
+        """Nothing hangs, nothing durable is lost; what was cut comes to its end, the next can begin."""
+        report = await calls.mounted()
         assert not report.filesystem.read_only
-        if durable:
-            lost = set(range(durable)) - await guest.machine.intact(RECORDS)
-            assert not lost, f"{what}: of {durable} durable records {sorted(lost)} are lost"
-        self.found["records checked"] += durable
-        await guest.machine.run(f"rm -rf {RECORDS}")
+        status = await calls.quiet(30)
+        assert status.current_size == report.filesystem.size_bytes
+        if disk.records:
+            lost = set(range(disk.durable)) - await guest.machine.intact(f"{mountpoint(stage)}/records")
+            assert not lost, f"of {disk.durable} durable records {sorted(lost)} are lost after a {disk.records}"
+            self.found[f"records whole after a {disk.records}"] += disk.durable
+            await guest.machine.run(f"rm -rf {mountpoint(stage)}/records")
+            disk.durable, disk.records = 0, ""
+        if disk.told:
+            assert report.balloon.limit_bytes in disk.told, "what the journal says was told"
+        disk.target = disk.target or (await calls.minimum() + 64 * MIB) // MIB * MIB
+        if stage in {1, 2} and status.current_size not in {disk.target, LARGER}:
+            assert disk.target <= status.current_size <= SIZE
+            await calls.resize(disk.target)
+            await calls.resized(disk.target)
+        if stage in {1, 2}:
+            await guest.machine.resize_disk(f"disk{stage}", LARGER)
+        if stage == 2:
+            await calls.resize(LARGER)
+            await calls.resized(LARGER)
+        if stage in {3, 4}:
+            await self._held(calls)
+
+    async def _held(self, calls: Calls) -> None:
+        """The balloon comes to where it is told; a balance that the kernel took up again may be in its way."""
+        async with asyncio.timeout(60):
+            while not await calls.tell_free(TOLD):
+                self.found["had to be told again after the boot"] += 1
+                await asyncio.sleep(0.5)
+        async with asyncio.timeout(30):
+            while await calls.available() > TOLD - GIB + MIB:
+                self.found["looks that found too much room after the boot"] += 1
+                await asyncio.sleep(0.5)
+
+    async def _cut(self, number: int, guest: VirtualGuest, calls: list[Calls], disks: list[Disk]) -> None:
+        """All kinds begin, each so long before the cut as chance has it."""
+        for stage, kind in enumerate(KINDS):
+            rate, iops = SLOW[kind]
+            await guest.machine.throttle(f"disk{stage}", rate, iops)
+        chosen = number % len(KINDS)
+        disks[chosen].records = KINDS[chosen]
+        guest.machine.keep_writing(f"{mountpoint(chosen)}/records")
+        work: dict[str, Callable[[Calls, Disk], Awaitable[None]]] = {
+            "shrink": lambda calls, disk: self._resize(calls, disk.target),
+            "grow": lambda calls, _: self._resize(calls, LARGER),
+            "inflate": lambda calls, _: self._inflate(calls),
+            "journal": self._tell,
+        }
+        before = {kind: self._chance.uniform(0, WINDOW_S[kind]) for kind in KINDS}
+        cut_at = time.monotonic() + max(before.values()) + 0.1
+        tasks = {
+            kind: asyncio.create_task(self._at(cut_at - before[kind], work[kind], calls[stage], disks[stage]))
+            for stage, kind in enumerate(KINDS)
+        }
+        await asyncio.sleep(cut_at - time.monotonic())
+        disks[chosen].durable = guest.machine.records
+        for kind, task in tasks.items():
+            self.found[f"{kind}: {'over' if task.done() else 'under way'}"] += 1
+        guest.machine.cut_power()
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        await guest.cut_power()
+
+    @staticmethod
+    async def _at(when: float, work: Callable[[Calls, Disk], Awaitable[None]], calls: Calls, disk: Disk) -> None:
+        await asyncio.sleep(when - time.monotonic())
+        await work(calls, disk)
+
+    @staticmethod
+    async def _resize(calls: Calls, size: int) -> None:
+        await calls.resize(size)
+        await calls.quiet()
+
+    @staticmethod
+    async def _inflate(calls: Calls) -> None:
+        while not await calls.tell_free(TOLD):
+            await asyncio.sleep(0.1)
+
+    @staticmethod
+    async def _tell(calls: Calls, disk: Disk) -> None:
+        """A report after the other, each a little different, so that each is written down."""
+        limit, disk.told = TOLD - GIB, [TOLD - GIB]
+        while True:
+            limit += 64 << 10
+            disk.told = [disk.told[-1], limit]
+            if await calls.tell_free(limit + GIB):
+                disk.told = [limit]
 
 
-async def cuts(make_guest: MakeGuest, place: Path, rounds: int) -> None:
+async def cuts(make_guest: MakeGuest, several: Path, count: int) -> None:
+    """`count` of each kind; says what was hit."""
     began = time.monotonic()
-    base = await asyncio.to_thread(make_base, place / "base")
-    seed = int(os.environ.get("VM_SEED", "1"))
-    chains = [Cuts(make_guest, place, base, seed * 100 + number) for number in range(AT_ONCE)]
-    async with asyncio.TaskGroup() as all_of_them:
-        for chain in chains:
-            all_of_them.create_task(chain.rounds(rounds // AT_ONCE))
+    with workspace(memory()) as place:
+        base = await asyncio.to_thread(make_base, place / "base", SIZE, file=FILE, files=FILES)
+        seed = int(os.environ.get("VM_SEED", "1"))
+        chains = [Chain(make_guest, several, place, base, seed * 100 + number) for number in range(AT_ONCE)]
+        async with asyncio.TaskGroup() as all_of_them:
+            for chain in chains:
+                all_of_them.create_task(chain.cuts(count // AT_ONCE))
     found = sum((chain.found for chain in chains), Counter[str]())
-    print(f"{rounds} cuts of each kind in {time.monotonic() - began:.0f} s: {dict(sorted(found.items()))}")
-    assert found["shrink: running at the cut"] >= rounds // 3, "the moments miss what they are about"
+    print(f"{count} cuts of each kind in {time.monotonic() - began:.0f} s: {dict(sorted(found.items()))}")
+    for kind in KINDS:
+        assert found[f"{kind}: under way"] >= count // 3, "the moments miss what they are about"
 
 
 @pytest.mark.timeout(900)
-async def test_cuts_of_each_kind(make_guest: MakeGuest, place: Path) -> None:
-    await cuts(make_guest, place, int(os.environ.get("VM_CUTS", "10")))
+async def test_cuts_of_each_kind(make_guest: MakeGuest, several: Path) -> None:
+    await cuts(make_guest, several, int(os.environ.get("VM_CUTS", "20")))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(9000)
-async def test_two_hundred_cuts_of_each_kind(make_guest: MakeGuest, place: Path) -> None:
+async def test_two_hundred_cuts_of_each_kind(make_guest: MakeGuest, several: Path, place: Path) -> None:
     assert shutil.disk_usage(place).free > 8 * GIB
-    await cuts(make_guest, place, 200)
+    await cuts(make_guest, several, 200)

@@ -1,136 +1,198 @@
-"""The host's disk fills up while the guest writes as fast as it can."""
+"""The host's disk fills up while the guest writes as fast as it can, with the host's controller and without."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from lab.loop import run, workspace
-from storaged.units import GIB, MIB
+from lab.loop import run
+from storaged.units import MIB
 from tests.vm.conftest import MakeGuest
-from tests.vm.guests import VirtualGuest, blank, host_bytes
+from tests.vm.controller import Controller
+from tests.vm.disks import blank, free, host_bytes, mounted, small_host
+from tests.vm.guests import VirtualGuest
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
-POOL, DISK = 3 * GIB, 4 * GIB
-OTHERS = 1536 * MIB
+HOST, DISK = 1664 * MIB, 2560 * MIB
+RESERVE = 448 * MIB
+OTHERS = 640 * MIB
 """What somebody else on the host writes in the meantime."""
-WRITTEN = "/mnt/stateful/written"
-CHUNK = 4 * MIB
+WRITES_S = 45
+FOLDER = "/mnt/stateful/files"
+FILE = 4 * MIB
 WRITER = f"""
-import os, sys
-# Random content, so that it costs the host what it costs the guest.
-seen, chunk = 0, os.urandom({CHUNK})
-fd = os.open("{WRITTEN}", os.O_WRONLY | os.O_CREAT, 0o600)
-try:
-    while True:
-        os.write(fd, seen.to_bytes(8, "big") + chunk[8:])
-        os.fsync(fd)
-        seen += 1
-except OSError as error:
-    print(error.errno, seen)
+import hashlib, json, os, sys, time
+
+def content(number):
+    return hashlib.sha256(str(number).encode()).digest() * ({FILE} // 32)
+
+os.makedirs("{FOLDER}")
+where = os.open("{FOLDER}", os.O_RDONLY)
+kept, number, errors, full, ends = [], 0, [], 0, time.monotonic() + {WRITES_S}
+while time.monotonic() < ends and len(errors) < 3:
+    number += 1
+    path, left, taken = f"{FOLDER}/{{number}}", memoryview(content(number)), False
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            while left:
+                left = left[os.write(fd, left):]
+            taken = True
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.fsync(where)
+        kept.append(number)
+    except OSError as error:
+        # An honest ENOSPC comes before a write was taken, never after.
+        if error.errno != {errno.ENOSPC} or taken:
+            errors.append(error.errno)
+            continue
+        full += 1
+        os.unlink(path)
+        if full % 4 == 0:
+            for old in kept[::2]:
+                os.unlink(f"{FOLDER}/{{old}}")
+            kept = kept[1::2]
+        time.sleep(0.3)
+print(json.dumps(dict(written=number, kept=kept, errors=errors, full=full)))
 """
 IO_ERRORS = "dmesg | grep -cE 'I/O error|BTRFS.*(error|forced readonly|aborted)'; true"
 
 
 @pytest.fixture
-def pool() -> Iterator[Path]:
-    """A small filesystem on the host, for the guest's sparse disk and for others."""
-    with workspace() as directory:
-        image = blank(directory / "pool.img", POOL)
-        run("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
-        mounted = directory / "pool"
-        mounted.mkdir()
-        run("mount", "-o", "loop", image, mounted)
-        yield mounted
+async def guest(make_guest: MakeGuest) -> AsyncIterator[tuple[VirtualGuest, Path]]:
+    """A guest whose sparse disk lies in a host filesystem that is smaller than the disk."""
+    with small_host(HOST) as pool:
+        guest = make_guest()
+        yield guest, blank(pool / "stateful", DISK)
+        await guest.close()
 
 
-def free(pool: Path) -> int:
-    """What a host's own disk watcher would say."""
-    found = os.statvfs(pool)
-    return found.f_bavail * found.f_frsize
+@dataclass
+class Seen:
+    """What came of it."""
+
+    written: int = 0
+    kept: list[int] = field(default_factory=list)
+    errors: list[int] = field(default_factory=list)
+    full: int = 0
+    least: int = HOST
+    others: int = 0
 
 
-class Filler:
-    """Somebody else who writes on the host, in steps, for as long as there is room for the steps to come."""
-
-    def __init__(self, pool: Path) -> None:
-        self._pool = pool
-        self.written = 0
-
-    async def run(self) -> None:
-        with (self._pool / "others").open("wb") as file:
-            while self.written < OTHERS and free(self._pool) > 64 * MIB:
-                await asyncio.to_thread(self._step, file.fileno())
-                await asyncio.sleep(0.25)
-
-    def _step(self, fd: int) -> None:
-        os.posix_fallocate(fd, self.written, 32 * MIB)
-        self.written += 32 * MIB
+async def others(pool: Path, seen: Seen) -> None:
+    """Somebody else who writes on the host, in steps."""
+    with (pool / "others").open("wb") as file:
+        while seen.others < OTHERS:
+            await asyncio.to_thread(os.posix_fallocate, file.fileno(), seen.others, 8 * MIB)
+            seen.others += 8 * MIB
+            await asyncio.sleep(0.2)
 
 
-async def write_until_it_stops(guest: VirtualGuest) -> tuple[int, int]:
-    """The errno that ended the guest's writer, and the bytes that it made durable before."""
-    await guest.machine.run(f"cat >/tmp/writer.py <<'END'\n{WRITER}\nEND")
-    number, chunks = (await guest.machine.run("python3 /tmp/writer.py", within_s=300)).split()[-2:]
-    return int(number), int(chunks) * CHUNK
-
-
-async def drive_balloon(guest: VirtualGuest, pool: Path) -> None:
-    """The host's watcher: more often the less is left, as the contract has it."""
+async def look(pool: Path, seen: Seen) -> None:
+    """How little the host ever had left."""
     while True:
-        left = free(pool)
-        await guest.tell_free(left)
-        await asyncio.sleep(2 if left > 2 * GIB else 1 if left > GIB else 0.5)
+        seen.least = min(seen.least, free(pool))
+        await asyncio.sleep(0.02)
 
 
-async def test_with_the_balloon_the_guest_meets_no_space_and_never_an_error(make_guest: MakeGuest, pool: Path) -> None:
-    guest = make_guest()
-    disk = blank(pool / "stateful", DISK)
-    await guest.begin_serving(disk)
-    await guest.start_termina()
-    driving = asyncio.create_task(drive_balloon(guest, pool))
-    filler = Filler(pool)
-    filling = asyncio.create_task(filler.run())
+async def fill(guest: VirtualGuest, pool: Path) -> Seen:
+    """The guest writes files for a while, the others fill the host."""
+    seen = Seen()
+    await guest.machine.run(f"cat >/tmp/writer.py <<'END'\n{WRITER}\nEND")
+    tasks = [asyncio.create_task(others(pool, seen)), asyncio.create_task(look(pool, seen))]
     try:
-        ended_by, durable = await write_until_it_stops(guest)
-        left = free(pool)
-        print(
-            f"the writer got errno {ended_by} after {durable // MIB} MiB; others wrote {filler.written // MIB} MiB,"
-            f" the host has {left // MIB} MiB left, the disk costs it {host_bytes(disk) // MIB} MiB"
-        )
-        assert ended_by == errno.ENOSPC
-        assert not driving.done(), "the host's calls all passed"
+        said = json.loads((await guest.machine.run("python3 /tmp/writer.py", within_s=200)).split("\n")[-1])
     finally:
-        for task in (driving, filling):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(driving, filling, return_exceptions=True)
-    assert left > 0
-    assert await guest.machine.run(IO_ERRORS) == "0"
-    assert int(await guest.machine.run(f"stat -c %s {WRITTEN}")) >= durable
-    # Room given back is room to write, and nothing went read-only.
-    await guest.machine.run(f"rm {WRITTEN}; sync; echo alive >/mnt/stateful/alive; sync")
-    await guest.cut_power()
-    await asyncio.to_thread(run, "btrfs", "check", "--readonly", disk)
+        await asyncio.gather(*tasks, return_exceptions=True)
+    seen.written, seen.kept, seen.errors, seen.full = said["written"], said["kept"], said["errors"], said["full"]
+    return seen
 
 
-async def test_without_the_balloon_the_same_is_damage(make_guest: MakeGuest, pool: Path) -> None:
-    guest = make_guest()
-    disk = blank(pool / "stateful", DISK)
-    await guest.begin_serving(disk)
-    await guest.start_termina()
-    filling = asyncio.create_task(Filler(pool).run())
+def damaged(disk: Path, seen: Seen) -> list[int]:
+    """The durable files that a host does not find whole, after the power was cut."""
+    lost = []
+    with mounted(disk) as target:
+        for number in seen.kept:
+            path = target / Path(FOLDER).name / str(number)
+            if not path.exists() or path.read_bytes() != hashlib.sha256(str(number).encode()).digest() * (FILE // 32):
+                lost.append(number)
+    return lost
+
+
+async def test_with_the_controller_the_guest_meets_no_space_and_never_an_error(
+    guest: tuple[VirtualGuest, Path],
+) -> None:
+    machine, disk = guest
+    pool = disk.parent
+    # QEMU's own default: at the first write that finds the host full it would stop.
+    await machine.begin_serving(disk, werror="enospc")
+    await machine.start_termina()
+    controller = Controller(machine, disk, sharing=f'reserve_least = "{RESERVE}"\nbase = "64MiB"')
     try:
-        ended_by, durable = await write_until_it_stops(guest)
+        await controller.start()
+        seen = await fill(machine, pool)
+        print(
+            f"{seen.written} files of {FILE // MIB} MiB begun, ENOSPC {seen.full} times, errors {seen.errors};"
+            f" others wrote {seen.others // MIB} MiB; least free on the host {seen.least // MIB} MiB,"
+            f" reserve {RESERVE // MIB} MiB"
+        )
+        assert seen.others == OTHERS
+        assert not seen.errors
+        assert seen.full > 0, "the guest met its bound"
+        assert await machine.machine.run(IO_ERRORS) == "0"
+        assert await machine.machine.io_status(machine.disk) == "ok"
+        events = machine.machine.qmp.events
+        assert not {"BLOCK_IO_ERROR", "STOP"} & set(events), events
+        assert 0 < seen.least <= RESERVE + 128 * MIB, "the host came close to its reserve, and never to its end"
+
+        # What is deleted in the guest comes back to the host.
+        gone, seen.kept = seen.kept[::2], seen.kept[1::2]
+        before, began = host_bytes(disk), time.monotonic()
+        await machine.machine.run("cd " + FOLDER + "; rm " + " ".join(map(str, gone)) + "; sync")
+        async with asyncio.timeout(60):
+            while before - host_bytes(disk) < len(gone) * FILE * 0.9:
+                await asyncio.sleep(0.2)
+        print(
+            f"{len(gone) * FILE // MIB} MiB deleted in the guest gave the host {(before - host_bytes(disk)) // MIB} MiB"
+            f" back within {time.monotonic() - began:.1f} s: {before // MIB} before, {host_bytes(disk) // MIB} after"
+        )
     finally:
-        filling.cancel()
-        await asyncio.gather(filling, return_exceptions=True)
-    errors = int(await guest.machine.run(IO_ERRORS))
-    print(f"the writer got errno {ended_by} after {durable // MIB} MiB; {errors} errors in the kernel's log")
-    assert ended_by in {errno.EIO, errno.EROFS}
+        controller.close()
+        print(controller.log.read_text())
+    await machine.cut_power()
+    await asyncio.to_thread(run, "btrfs", "check", "--readonly", disk)
+    assert not await asyncio.to_thread(damaged, disk, seen)
+    print(f"{len(seen.kept)} durable files, all whole")
+
+
+async def test_without_the_controller_the_same_is_damage(guest: tuple[VirtualGuest, Path]) -> None:
+    machine, disk = guest
+    await machine.begin_serving(disk)
+    await machine.start_termina()
+    seen = await fill(machine, disk.parent)
+    errors = int(await machine.machine.run(IO_ERRORS))
+    await machine.machine.io_status(machine.disk)  # with its answer come the events before it
+    failed = machine.machine.qmp.events.count("BLOCK_IO_ERROR")
+    print(
+        f"{seen.written} files begun, ENOSPC {seen.full} times, then errors {seen.errors}; {errors} errors in the"
+        f" kernel's log, {failed} writes that QEMU could not do; least free on the host {seen.least // MIB} MiB"
+    )
+    assert set(seen.errors) <= {errno.EIO, errno.EROFS}
+    assert seen.errors
     assert errors > 0
+    assert failed > 0
+    assert seen.least < 16 * MIB

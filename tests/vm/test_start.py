@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB, MIB
 from tests.vm import ninep
 from tests.vm.conftest import MakeGuest
-from tests.vm.guests import VirtualGuest, blank
+from tests.vm.disks import blank
+from tests.vm.guests import VirtualGuest
 from tests.vm.host import EMPTY
 from tests.vm.ninep import Export
 
@@ -74,8 +76,7 @@ async def test_the_whole_sequence_and_the_end(make_guest: MakeGuest, place: Path
     assert await guest.machine.run("stat -c %a /mnt/other; stat -f -c %T /mnt/other") == "750\nbtrfs"
 
     # A directory of the host, read and written from both sides.
-    shared = Path("/dev/shm") / place.name  # diod wants no overlay below it
-    shared.mkdir()
+    shared = Path(tempfile.mkdtemp(prefix="storaged-vm-", dir="/dev/shm"))  # diod wants no overlay below it
     export = Export(shared, f"{guest.machine.uds}_{SHARED_PORT}")
     try:
         (shared / "from-host").write_text("hello guest\n")

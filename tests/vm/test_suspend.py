@@ -15,12 +15,13 @@ from storaged.rpc.proto import storaged_v1_pb2 as v1
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB, MIB
 from tests.vm.conftest import MakeGuest
+from tests.vm.disks import Base, check, make_base
 from tests.vm.guests import VirtualGuest
 from tests.vm.host import EMPTY
-from tests.vm.test_power_cuts import SIZE, Base, check, make_base
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 YEAR = 365 * 86400
+SIZE = 3 * GIB
 
 
 async def shrinking(guest: VirtualGuest, base: Base) -> int:
@@ -28,18 +29,18 @@ async def shrinking(guest: VirtualGuest, base: Base) -> int:
     await guest.begin_serving(base.path)
     await guest.start_termina()
     assert await guest.tell_free(8 * GIB)
-    bound = (await guest.host.maitred.GetResizeBounds(EMPTY, timeout=60)).minimum_size
+    bound = await guest.minimum()
     target = int(bound + 96 * MIB) // MIB * MIB
     await guest.resize(target)
     async with asyncio.timeout(30):
-        while (await guest.host.storage.GetReport(v1.GetReportRequest(), timeout=20)).job.state != v1.JOB_RUNNING:
+        while (await guest.report()).job.state != v1.JOB_RUNNING:
             await asyncio.sleep(0.05)
     return target
 
 
 @pytest.mark.parametrize("off_by", [20 * YEAR, -3 * YEAR])
 async def test_a_standstill_in_the_middle_of_a_shrink(make_guest: MakeGuest, place: Path, off_by: int) -> None:
-    base = await asyncio.to_thread(make_base, place / "stateful")
+    base = await asyncio.to_thread(make_base, place / "stateful", SIZE)
     guest = make_guest()
     target = await shrinking(guest, base)
     guest.machine.stand_still()
@@ -62,7 +63,7 @@ async def test_a_standstill_in_the_middle_of_a_shrink(make_guest: MakeGuest, pla
 
 
 async def test_a_sleep_that_was_announced(make_guest: MakeGuest, place: Path) -> None:
-    base = await asyncio.to_thread(make_base, place / "stateful")
+    base = await asyncio.to_thread(make_base, place / "stateful", SIZE)
     guest = make_guest()
     target = await shrinking(guest, base)
     await guest.host.maitred.PrepareToSuspend(EMPTY, timeout=20)
