@@ -50,6 +50,8 @@ _OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", 1 << 20),  # a guest is not trusted to be brief
+    ("grpc.http2.bdp_probe", 0),  # a ping with every answer, to measure a bandwidth that nobody wants to know
+    ("grpc.enable_retries", 0),  # whoever calls tries again, and knows what became of the first try
 ]
 
 

@@ -165,6 +165,26 @@ def test_growth_waits_until_a_shrink_is_acknowledged() -> None:
     assert told.look(6 * GIB)["a"].size > before["a"]
 
 
+@given(st.lists(st.sampled_from("abcd"), max_size=6), st.booleans())
+def test_answers_taken_together_are_answers_taken_one_by_one(answering: list[str], hung: bool) -> None:
+    told = Told(*"abcd")
+    sent = told.sent
+    if hung:
+        told.step(ev.GrantFailed("a", sent["a"].seq, "late", told.now))
+    before = told.state
+    acks = tuple(
+        ev.GrantAcked(name, sent[name].seq + (place == 3), sent[name].size, told.now + place / 8)
+        for place, name in enumerate(answering)
+    )  # the fourth is of no grant that is under way
+    together, _ = step(before, ev.GrantsAcked(acks))
+    for ack in acks:
+        told.step(ack)
+    assert together == told.state
+    assert {name for name, guest in together.guests.items() if guest.presence is Presence.UP} == {
+        ack.guest for ack in acks if ack.seq == sent[ack.guest].seq
+    } - ({"a"} if hung else set())
+
+
 def test_one_that_hangs_keeps_its_grant_and_is_tried_again() -> None:
     told = Told("a", "b")
     told.answer(told.sent["a"])
