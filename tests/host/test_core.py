@@ -185,6 +185,21 @@ def test_answers_taken_together_are_answers_taken_one_by_one(answering: list[str
     } - ({"a"} if hung else set())
 
 
+@pytest.mark.parametrize("missing", [5, 17, 40])
+def test_a_promise_that_is_broken_by_a_little_is_mended_too(missing: int) -> None:
+    told = Told("a", "b", free=GIB + 100 * MIB)
+    for _ in range(4):
+        told.answer(*told.sent.values())
+        told.look(GIB + 100 * MIB)
+    promised = books(told.state).promised
+    assert promised < 128 * MIB, "nobody holds as much as the band is wide"
+    free = told.state.pool.reserve + promised - missing * MIB
+    for _ in range(4):  # an eighth of what is left is kept, so it takes no more than a few
+        told.answer(*told.sent.values())
+        told.look(max(free, told.state.pool.reserve))
+    assert established(told.state)
+
+
 def test_one_that_hangs_keeps_its_grant_and_is_tried_again() -> None:
     told = Told("a", "b")
     told.answer(told.sent["a"])
