@@ -21,10 +21,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import grpc
 import grpc.aio
 
-from storaged.addresses import Address, TcpAddress, UnixAddress
+from storaged.addresses import GuestAddress, HybridAddress, TcpAddress, UnixAddress, VsockAddress
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
 from storaged.host.levels import Level
+from storaged.rpc.outward import Connect, Outward, PrivateDirectory, to_hybrid, to_vsock
 from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.units import GIB
 
@@ -92,12 +93,13 @@ class GuestClient:
     `reported_at`: when it came, monotonic seconds; it stays when the report is dropped because nobody answers.
     """
 
-    def __init__(self, name: str, address: Address, tls: Tls | None = None) -> None:
+    def __init__(self, name: str, address: GuestAddress, tls: Tls | None = None) -> None:
         self.name = name
         self.report: storaged_v1_pb2.Report | None = None
         self.reported_at: float | None = None
         self.plain = False  # known to be no storaged
-        self._channel = _channel(address, tls)
+        self._way = _way(address)
+        self._channel = _channel(address, tls, self._way)
         self._maitred = vm_guest_pb2_grpc.MaitredStub(self._channel)
         self._storage = storaged_v1_pb2_grpc.StorageStub(self._channel)
 
@@ -188,6 +190,8 @@ class GuestClient:
         """End all calls."""
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close()
+        if self._way is not None:
+            await self._way.close()
 
 
 _LOST = {
@@ -228,17 +232,42 @@ def _not_told(error: grpc.aio.AioRpcError) -> NotTold:
     return NotTold("nobody answers there" if certain else f"{code.name}: {details[:200]}", certain=certain)
 
 
-def _channel(address: Address, tls: Tls | None) -> grpc.aio.Channel:
+def _channel(address: GuestAddress, tls: Tls | None, way: Way | None) -> grpc.aio.Channel:
+    if way is not None:
+        return grpc.aio.insecure_channel(way.target, options=_OPTIONS)
     if isinstance(address, UnixAddress):
         return grpc.aio.insecure_channel(str(address), options=_OPTIONS)
-    if isinstance(address, TcpAddress):
-        target = f"{address.host}:{address.port}"
-        if tls is not None and tls.key:
-            return grpc.aio.secure_channel(target, _credentials(tls), options=_OPTIONS)
-        if address.loopback:
-            return grpc.aio.insecure_channel(target, options=_OPTIONS)
-        raise ConfigError(f"{address} needs [tls] with authority, certificate and key: it is not a loopback address")
-    raise ConfigError(f"{address}: reaching vsock is not built yet; use unix: or tcp:")
+    assert isinstance(address, TcpAddress)
+    target = f"{address.host}:{address.port}"
+    if tls is not None and tls.key:
+        return grpc.aio.secure_channel(target, _credentials(tls), options=_OPTIONS)
+    if address.loopback:
+        return grpc.aio.insecure_channel(target, options=_OPTIONS)
+    raise ConfigError(f"{address} needs [tls] with authority, certificate and key: it is not a loopback address")
+
+
+class Way:
+    """To an address that gRPC cannot reach: a socket of our own, whose connections are carried there."""
+
+    def __init__(self, connect: Connect) -> None:
+        self._private = PrivateDirectory()
+        self._outward = Outward(connect)
+        path = self._private.socket("out")
+        self._outward.open(path)
+        self.target = f"unix:{path}"
+
+    async def close(self) -> None:
+        """End all connections."""
+        try:
+            await self._outward.close()
+        finally:
+            self._private.remove()
+
+
+def _way(address: GuestAddress) -> Way | None:
+    if isinstance(address, VsockAddress):
+        return Way(to_vsock(address))
+    return Way(to_hybrid(address)) if isinstance(address, HybridAddress) else None
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:
