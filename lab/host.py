@@ -86,5 +86,7 @@ class HostDaemon:
 
     @property
     def _host(self) -> storaged_host_v1_pb2_grpc.HostStub:
-        assert self._channel is not None
-        return storaged_host_v1_pb2_grpc.HostStub(self._channel)
+        channel = self._channel
+        if channel is None:
+            raise RuntimeError("storaged-host does not run")
+        return storaged_host_v1_pb2_grpc.HostStub(channel)

@@ -50,7 +50,9 @@ class Client(Agent, Protocol):
     plain: bool
 
     async def set_available(self, size: int, level: Level, within_s: float) -> None: ...
-    async def watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None: ...
+    async def watch(
+        self, changed: Callable[[], None], lost: Callable[[], None], asked: Callable[[int], None]
+    ) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -344,7 +346,11 @@ class Controller:
     async def _watch(self, member: Member, client: Client) -> None:
         name = member.config.name
 
-        await client.watch(self._changed, lambda: self.tell(ev.GuestSilent(name, time.monotonic())))
+        await client.watch(
+            self._changed,
+            lambda: self.tell(ev.GuestSilent(name, time.monotonic())),
+            lambda size: self.tell(ev.RoomAsked(name, size, time.monotonic())),
+        )
 
     def _dropped(self, member: Member) -> None:
         """Forget what belongs to a machine that has ended, without waiting for it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import time
@@ -27,7 +28,7 @@ from storaged.host.config import Tls
 from storaged.host.levels import Level
 from storaged.rpc.outward import Connect, Outward, PrivateDirectory, to_hybrid, to_vsock
 from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
-from storaged.units import GIB
+from storaged.units import GIB, MAX_SIZE
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -35,6 +36,7 @@ _Answer = TypeVar("_Answer")
 HELD_BACK = GIB
 """What a guest subtracts by itself from the number that it is told."""
 WATCH_INTERVAL_S = 1.0
+PLEA_S = 1.0
 ANSWER_S, WORK_S = 20.0, 600.0
 """For a plain answer, and for the end of a job that was cancelled: its last step takes its time."""
 AGAIN_FIRST_S, AGAIN_MOST_S = 1.0, 30.0
@@ -113,13 +115,33 @@ class GuestClient:
         if answer.result != vm_guest_pb2.SUCCESS:
             raise NotTold("its balloon did not get there")
 
-    async def watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None:
-        """Keep `report` up to date for as long as this runs; returns when the agent is no storaged."""
-        bounds = asyncio.create_task(self._ask_bounds(changed))
+    async def watch(self, changed: Callable[[], None], lost: Callable[[], None], asked: Callable[[int], None]) -> None:
+        """Keep `report` up to date for as long as this runs; returns when the agent is no storaged.
+
+        `asked`: called with the bytes of room that the guest pleads for, at most once in PLEA_S.
+        """
+        beside = [asyncio.create_task(self._ask_bounds(changed)), asyncio.create_task(self._hear_pleas(asked))]
         try:
             await self._watch(changed, lost)
         finally:
-            bounds.cancel()
+            for task in beside:
+                task.cancel()
+
+    async def _hear_pleas(self, asked: Callable[[int], None]) -> None:
+        heard_at, wait_s = -math.inf, AGAIN_FIRST_S
+        while True:
+            if self.report is not None:  # else it is no storaged, or away: `_watch` finds out
+                try:
+                    async for plea in self._storage.AskRoom(storaged_v1_pb2.AskRoomRequest()):
+                        wait_s = AGAIN_FIRST_S
+                        if (now := time.monotonic()) >= heard_at + PLEA_S:  # a guest is not trusted to be modest
+                            heard_at = now
+                            asked(min(plea.size_bytes, MAX_SIZE))
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        return  # an older storaged
+                wait_s = min(2 * wait_s, AGAIN_MOST_S)
+            await asyncio.sleep(wait_s)
 
     async def _ask_bounds(self, changed: Callable[[], None]) -> None:
         """How small it can get is reckoned by a guest only when it is asked, so it is asked now and then."""
