@@ -20,6 +20,7 @@ from storaged.rpc.proto import storaged_host_v1_pb2, storaged_v1_pb2
 from storaged.units import GIB, MIB, SECTOR, format_duration
 
 WITHIN_S = 60.0
+FILLS_S = 30.0
 WANTED = 10
 """Files that guest b writes though it may not, at first."""
 OTHERS, OTHERS_PACE = 800 * MIB, 150 * MIB
@@ -107,8 +108,8 @@ def fills_up(play: Play) -> None:
     writer.start()
     burst.start()
     burst.join()
-    until = time.monotonic() + WITHIN_S
-    while not play.a.enospc and time.monotonic() < until:
+    until = time.monotonic() + FILLS_S
+    while not (play.a.enospc and play.host.free() < 2 * RESERVE) and time.monotonic() < until:
         time.sleep(0.1)
     done.set()
     writer.join()
