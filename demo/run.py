@@ -1,7 +1,8 @@
 """`make demo`: the main job, for real, in under a minute.
 
-A host's disk of 4 GiB carries the sparse images of two guests that were promised 4 GiB each. The host fills up, a guest
-writes at full speed, files are deleted, a guest is resized, a daemon is killed. Every claim is checked.
+A host's disk of 3 GiB carries the sparse images of two guests that were promised 4 GiB each. storaged-host shares what
+there is; the host fills up, a guest writes at full speed, files are deleted, a guest is resized with storagectl, a
+guest's daemon and storaged-host are killed. Every claim is checked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import scenes, sim
 from demo.screen import Screen
-from demo.world import Host, Member, build_host, build_member, watched
-from lab.loop import PREFIX, clear, run, sweep, workspace
+from demo.world import HOST_DISK, Host, Member, build_host, build_member, watched
+from lab.loop import PREFIX, clear, host_disk, run, sweep, workspace
+from lab.prometheus import Prometheus
 from storaged.btrfs.system import ProcSysctl
 from storaged.core.model import DirtyLimits
 
@@ -86,6 +89,46 @@ def clear_kept(under: Path) -> int:
     return count
 
 
+def answers(play: scenes.Play, prometheus: Prometheus | None) -> None:
+    """Everything whose address is printed answers, and Prometheus has seen all three."""
+    host = play.host
+    play.check("the console answers", b"<html" in _fetch(host.console))
+    addresses = [("the host", host.metrics, b"storaged_host_pool_promised_bytes")]
+    addresses += [(f"guest {each.name}", each.metrics, b"storaged_balloon_size_bytes") for each in (play.a, play.b)]
+    for name, metrics, series in addresses:
+        play.check(f"metrics of {name} answer", series in _fetch(f"http://{metrics}/metrics"))
+    if prometheus is None:
+        return
+    until, up = time.monotonic() + 10, ""
+    while up != "3" and time.monotonic() < until:
+        time.sleep(0.5)
+        found = prometheus.at("sum(up)", time.time())
+        up = found[0]["values"][0][1] if found else ""
+    play.check("Prometheus scrapes the host and both guests", up == "3")
+
+
+def _fetch(url: str) -> bytes:
+    """What an address of ours answers; nothing when it does not."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as page:  # noqa: S310
+            body: bytes = page.read()
+    except OSError:
+        return b""
+    return body
+
+
+def reached(screen: Screen, host: Host, members: list[Member], prometheus: Prometheus | None) -> None:
+    """Where everything can be looked at; asks each metrics address, as a claim that it answers."""
+    lines = [f"console: {host.console}", f"host: storagectl --host {host.daemon.address} watch"]
+    lines += [f"guest {member.name}: storagectl --guest {member.daemon.address} status" for member in members]
+    lines.append(f"metrics of the host: curl http://{host.metrics}/metrics")
+    lines += [f"metrics of guest {member.name}: curl http://{member.metrics}/metrics" for member in members]
+    if prometheus is not None:
+        lines.append(f"Prometheus: {prometheus.url}")
+    for line in lines:
+        screen.console.print(line, soft_wrap=True)
+
+
 def real(screen: Screen, *, keep: bool) -> list[str]:
     """All acts; the claims that did not hold."""
     with stage(keep=keep) as directory, contextlib.ExitStack() as cleanup:
@@ -95,19 +138,20 @@ def real(screen: Screen, *, keep: bool) -> list[str]:
             sysctl = ProcSysctl()
             found = sysctl.dirty_limits()
             cleanup.callback(sysctl.set_dirty_limits, found)
-            disk = build_host(directory)
+            disk = host_disk(directory, HOST_DISK)
             members: list[Member] = []
             for name in ("a", "b"):
                 member = build_member(directory, disk, name)
                 members.append(member)
                 cleanup.callback(member.daemon.kill)
                 member.daemon.start()
-            prometheus = watched(directory, [(member.name, member.metrics) for member in members])
+            host = build_host(directory, disk, members)
+            cleanup.callback(host.daemon.end, signal.SIGTERM)
+            cleanup.callback(host.stop_looking)
+            prometheus = watched(directory, [(member.name, member.metrics) for member in members], host.metrics)
             if prometheus is not None:
                 cleanup.callback(prometheus.stop)
                 screen.say(f"Prometheus with storaged's rules and alerts watches: {prometheus.url}")
-            host = Host(disk, members)
-            cleanup.callback(host.stop)
             play = scenes.Play(screen, host, members[0], members[1])
             stop = threading.Event()
             painter = threading.Thread(target=play.watch, args=(stop,), daemon=True)
@@ -118,24 +162,17 @@ def real(screen: Screen, *, keep: bool) -> list[str]:
             finally:
                 stop.set()
                 painter.join()
-        host.stop()
+        host.stop_looking()
         scenes.summary(play)
-        for member in members:
-            screen.console.print(
-                f"metrics of guest {member.name}: curl http://{member.metrics}/metrics", soft_wrap=True
-            )
+        answers(play, prometheus)
+        reached(screen, host, members, prometheus)
         if keep:
             cleanup.pop_all()
-            pids = [member.daemon.pid for member in members]
+            pids = [host.daemon.pid, *(member.daemon.pid for member in members)]
             if prometheus is not None:
                 pids.append(prometheus.pid)
-                screen.console.print(f"Prometheus: {prometheus.url}", soft_wrap=True)
             kept = {"pids": pids, "dirty_limits": asdict(found)}
             (directory / KEPT).write_text(json.dumps(kept), encoding="utf-8")
-            for member in members:
-                screen.console.print(
-                    f"guest {member.name}: storagectl --guest {member.daemon.address} status", soft_wrap=True
-                )
             screen.console.print("left running; `make demo ARGS=--clear` removes it", soft_wrap=True)
     return play.failed
 

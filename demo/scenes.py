@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 
 from demo.screen import Bar, Screen, gib
-from demo.world import HOST_DISK, HOST_KEEPS, PROMISED, Host, Member
-from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
+from demo.world import FILE, HOST_DISK, PROMISED, RESERVE, Host, Member
+from storaged.host import superblock
+from storaged.rpc.proto import storaged_host_v1_pb2, storaged_v1_pb2
 from storaged.units import GIB, MIB, SECTOR, format_duration
 
 WITHIN_S = 60.0
+FILLS_S = 30.0
+WANTED = 10
+"""Files that guest b writes though it may not, at first."""
+OTHERS, OTHERS_PACE = 800 * MIB, 150 * MIB
+"""What the host itself writes, and how much of it a second."""
 
 
 @dataclass(slots=True)
@@ -62,16 +72,22 @@ def promises(play: Play) -> None:
     """Balloons inflate to what the host can really give."""
     play.screen.scene(f"1. Two guests were promised {gib(2 * PROMISED)} on a disk of {gib(HOST_DISK)}")
     before = [member.daemon.available() for member in (play.a, play.b)]
-    play.host.share()
     play.host.start()
+    play.check("storaged-host told both what they may write", play.host.settled(WITHIN_S))
     after = [member.daemon.available() for member in (play.a, play.b)]
     for member, old, new in zip((play.a, play.b), before, after, strict=True):
         held = member.daemon.report().balloon.size_bytes
         play.screen.say(f"guest {member.name} believed in {gib(old)}, may write {gib(new)}: balloon {gib(held)}")
-    free = play.host.free()
+    promises_hold(play)
+
+
+def promises_hold(play: Play) -> None:
+    """What guests may write, by the host's books and by their own word, is there."""
+    promised, there = play.host.promised()
+    may_write = sum(member.daemon.available() for member in (play.a, play.b))
     play.check(
-        f"together they may write {gib(sum(after))}; the host has {gib(free)} and keeps {gib(HOST_KEEPS)}",
-        sum(after) <= free - HOST_KEEPS + 64 * MIB,
+        f"the host promised {gib(promised)}, guests may write {gib(may_write)}; free less reserve is {gib(there)}",
+        promised <= there and may_write <= there + 64 * MIB,
     )
 
 
@@ -81,25 +97,37 @@ def fills_up(play: Play) -> None:
     done = threading.Event()
 
     def write() -> None:
-        play.a.write(PROMISED, "busy", done)
-        done.set()
+        while not done.is_set():  # as an application that tries again a little later
+            play.a.write(PROMISED, f"busy{play.a.enospc}", done)
+            done.wait(0.2)
 
+    before = play.b.daemon.available()
     writer = threading.Thread(target=write)
-    burst = threading.Thread(target=play.host.grow_file, args=("other-data", 1500 * MIB, 300 * MIB))
+    burst = threading.Thread(target=play.host.grow_file, args=("other-data", OTHERS, OTHERS_PACE))
     begun = time.monotonic()
     writer.start()
     burst.start()
     burst.join()
-    done.wait(WITHIN_S)
+    until = time.monotonic() + FILLS_S
+    while not (play.a.enospc and play.host.free() < 2 * RESERVE) and time.monotonic() < until:
+        time.sleep(0.1)
     done.set()
     writer.join()
     took = format_duration(time.monotonic() - begun)
-    play.screen.say(f"{gib(len(play.a.files) * 24 * MIB)} of durable files were written in {took}")
+    play.screen.say(
+        f"{gib(len(play.a.files) * FILE)} of durable files were written in {took}, {gib(OTHERS)} by the host"
+    )
     play.check(f"guest a met “no space left on device” {play.a.enospc} time(s)", play.a.enospc > 0)
     play.check("it met no I/O error", play.a.io_errors == 0)
     least = gib(play.host.least_free)
+    play.check(f"the host never ran out: at its worst it had {least}", play.host.full == 0 and play.host.least_free > 0)
+    after = play.b.daemon.available()
+    play.check(f"guest b, which did nothing, followed: from {gib(before)} to {gib(after)}", after < before)
+    may_write = after + play.a.daemon.available()
+    keeps = play.host.free() - may_write
     play.check(
-        f"the host never ran out: at its worst it had {least}", play.host.enospc == 0 and play.host.least_free > 0
+        f"if both wrote all that they may ({gib(may_write)}), the host would keep {gib(max(keeps, 0))}",
+        keeps >= RESERVE // 2,
     )
 
 
@@ -119,85 +147,128 @@ def gives_back(play: Play) -> None:
     play.screen.say(f"its image cost {gib(cost)}, now {gib(cost - back)}")
     play.screen.say(f"the host had {gib(free)} free, now {gib(play.host.free())}")
     play.check(f"of {gib(deleted)} deleted, {gib(back)} went back to the host", back >= deleted * 9 // 10)
+    play.check("the promise holds again", play.host.settled(WITHIN_S))
+    promises_hold(play)
 
 
 def resizes(play: Play) -> None:
     """A guest is shrunk to its bound and grown again, in the right order with its image."""
     b = play.b
     play.screen.scene("4. Guest b is made smaller, then larger")
-    until = time.monotonic() + WITHIN_S
-    while b.daemon.available() < 400 * MIB and time.monotonic() < until:
-        time.sleep(0.1)  # the host shares what guest a gave back
-    b.write(384 * MIB, "first")
+    least, begun = b.daemon.available(), time.monotonic()
+    while len(b.files) < WANTED and time.monotonic() < begun + WITHIN_S:
+        b.write((WANTED - len(b.files)) * FILE, f"first{b.enospc}")  # as an application that tries again a little later
+        time.sleep(0.1)
+    play.check(
+        f"guest b could write {gib(least)}, and wrote {gib(len(b.files) * FILE)}: the host gave it room"
+        f" in {format_duration(time.monotonic() - begun)}",
+        len(b.files) == WANTED,
+    )
     b.delete(0.5)
-    b.write(120 * MIB, "second")
+    b.write(2 * FILE, "second")
     b.delete(0.25)
     # Small, and on a whole sector: an image has whole sectors.
     target = -(-max(b.daemon.minimum(), GIB) // SECTOR) * SECTOR
-    with play.host.silent():
-        job = _follow(play, target)
-    size = b.daemon.status().current_size
+    resize = _resize(play, target)
+    image, device, filesystem = sizes(b)
     play.check(
-        f"shrunk from {gib(PROMISED)} to {gib(target)}: {gib(job.moved_bytes)} moved"
-        f" in {format_duration(_seconds(job))}",
-        size == target and job.state == storaged_v1_pb2.JOB_DONE,
+        f"shrunk from {gib(PROMISED)} to {gib(target)} in {_took(resize)}: the filesystem, then device and image",
+        image == device == filesystem == target == b.daemon.status().current_size,
     )
-    b.guest.resize_image(target)
-    play.screen.say("then its image was cut: the filesystem first, the image after it")
-    b.guest.resize_image(PROMISED)
     until = time.monotonic() + WITHIN_S
     while b.daemon.report().pressure.level == storaged_v1_pb2.LEVEL_CRITICAL and time.monotonic() < until:
         time.sleep(0.2)  # at CRITICAL a guest refuses to grow
-    with play.host.silent():
-        job = _follow(play, PROMISED)
-    size = b.daemon.status().current_size
-    play.check(f"grown to {gib(size)} in {format_duration(_seconds(job))}: the image first", size == PROMISED)
+    resize = _resize(play, PROMISED)
+    image, device, filesystem = sizes(b)
+    play.check(
+        f"grown to {gib(filesystem)} in {_took(resize)}: image and device, then the filesystem",
+        image == device == filesystem == PROMISED == b.daemon.status().current_size,
+    )
+    play.check("the promise holds with the larger image", play.host.settled(WITHIN_S))
 
 
-def _follow(play: Play, size: int) -> storaged_v1_pb2.Job:
-    """Resize guest b and show how it goes; the job as it ended."""
-    daemon = play.b.daemon
-    started = daemon.resize(size)
-    play.check(f"the daemon took the request for {gib(size)}", started == vm_guest_pb2.ResizeFilesystemResponse.STARTED)
-    shown = -1
-    for report in daemon.storage.Watch(storaged_v1_pb2.WatchRequest(min_interval_s=0.2), timeout=WITHIN_S):
-        job = report.job
-        if job.requested_size == size and job.state >= storaged_v1_pb2.JOB_DONE:
-            break
-        percent = round(job.progress * 100)
-        left = f", {format_duration(job.eta_s)} left" if job.HasField("eta_s") else ""
-        rate = f" at {gib(int(job.rate_bytes_per_s))}/s" if job.HasField("rate_bytes_per_s") else ""
-        done = f"{gib(job.moved_bytes)} of {gib(job.total_to_move_bytes)}"
-        play.screen.job = f"{'█' * (percent // 5):<20} {percent:3} %  {done}{rate}{left}"
-        if play.screen.live is None and job.progress and percent // 25 != shown:
-            shown = percent // 25
-            play.screen.say(play.screen.job)
-    play.screen.job = ""
-    return daemon.report().job
+def sizes(member: Member) -> tuple[int, int, int]:
+    """Image, device and filesystem, each looked at by itself."""
+    sectors = Path(f"/sys/class/block/{Path(member.guest.device).name}/size").read_text(encoding="ascii")
+    return member.guest.image.stat().st_size, int(sectors) * 512, superblock.read(str(member.guest.image)).size
 
 
-def _seconds(job: storaged_v1_pb2.Job) -> float:
-    return job.ended_at.ToNanoseconds() / 1e9 - job.started_at.ToNanoseconds() / 1e9
+def _resize(play: Play, size: int) -> storaged_host_v1_pb2.Resize:
+    """`storagectl resize` of guest b, to its end; shows how it goes, and watches that image >= filesystem."""
+    host = play.host.daemon
+    command = [sys.executable, "-m", "storaged.ctl.main", "--host", host.address]
+    command += ["resize", "--yes", "--json", play.b.name, str(size)]
+    play.screen.say(f"storagectl resize {play.b.name} {gib(size).replace(' ', '')}")
+    shorter = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as storagectl:
+        while storagectl.poll() is None:
+            time.sleep(0.1)
+            image, device, filesystem = sizes(play.b)
+            shorter += min(image, device) < filesystem
+            running = [each for each in host.report().resizes if each.guest == play.b.name]
+            if running and running[0].state == storaged_host_v1_pb2.RESIZE_RUNNING:
+                play.screen.job = _progress(running[0])
+        play.screen.job = ""
+        said = storagectl.stdout.read() if storagectl.stdout else ""
+        wrong = storagectl.stderr.read() if storagectl.stderr else ""
+    last = json.loads(said.splitlines()[-1]) if said.strip() else {}
+    state = str(last.get("outcome", "")) or wrong.strip()
+    play.check(f"storagectl ended with {storagectl.returncode}: {state}", storagectl.returncode == 0)
+    play.check("the image was never smaller than the filesystem", shorter == 0)
+    return next(each for each in host.report().resizes if each.guest == play.b.name)
+
+
+def _progress(resize: storaged_host_v1_pb2.Resize) -> str:
+    percent = round(resize.progress * 100)
+    left = f", {format_duration(resize.eta_s)} left" if resize.HasField("eta_s") else ""
+    rate = f" at {gib(int(resize.rate_bytes_per_s))}/s" if resize.HasField("rate_bytes_per_s") else ""
+    stage = storaged_host_v1_pb2.ResizeStage.Name(resize.stage).removeprefix("STAGE_").lower()
+    return f"{'█' * (percent // 5):<20} {percent:3} %  {stage}, {gib(resize.moved_bytes)} moved{rate}{left}"
+
+
+def _took(resize: storaged_host_v1_pb2.Resize) -> str:
+    return format_duration((resize.ended_at.ToNanoseconds() - resize.started_at.ToNanoseconds()) / 1e9)
 
 
 def survives(play: Play) -> None:
     """A daemon is killed; the protection stays."""
     play.screen.scene("5. The daemon of guest a is killed with kill -9")
-    with play.host.silent():
-        before = play.a.daemon.available()
-        play.a.daemon.kill()
-        answer = os.statvfs(play.a.guest.mountpoint)
-        meanwhile = answer.f_bavail * answer.f_frsize
-        play.check(
-            f"meanwhile applications still have {gib(meanwhile)}, as before ({gib(before)})",
-            abs(meanwhile - before) <= 32 * MIB,
-        )
-        play.a.daemon.start()
-        found = [note for note in play.a.daemon.report().notes if "found the balloon" in note]
-        play.check(f"started again, it says: {found[0] if found else 'nothing'}", bool(found))
+    before = play.a.daemon.available()
+    play.a.daemon.kill()
+    answer = os.statvfs(play.a.guest.mountpoint)
+    meanwhile = answer.f_bavail * answer.f_frsize
+    play.check(
+        f"meanwhile applications still have {gib(meanwhile)}, as before ({gib(before)})",
+        abs(meanwhile - before) <= 32 * MIB,
+    )
+    promised, there = play.host.promised()
+    play.check(
+        f"the host still counts what guest a may write: {gib(promised)} promised of {gib(there)}",
+        meanwhile <= promised <= there,
+    )
+    play.a.daemon.start()
+    found = [note for note in play.a.daemon.report().notes if "found the balloon" in note]
+    play.check(f"started again, it says: {found[0] if found else 'nothing'}", bool(found))
 
 
-ACTS = (promises, fills_up, gives_back, resizes, survives)
+def host_dies(play: Play) -> None:
+    """storaged-host is killed; nobody gets more than it had, and the next one takes over."""
+    play.screen.scene("6. storaged-host is killed with kill -9")
+    daemon = play.host.daemon
+    before = [member.daemon.available() for member in (play.a, play.b)]
+    daemon.end()
+    time.sleep(1)
+    after = [member.daemon.available() for member in (play.a, play.b)]
+    play.check(
+        f"without it guests may write {gib(sum(after))}, as before ({gib(sum(before))})",
+        sum(after) <= sum(before) + 32 * MIB,
+    )
+    daemon.start()
+    play.check("the next one has told everybody, and its promise holds", play.host.settled(WITHIN_S))
+    promises_hold(play)
+
+
+ACTS = (promises, fills_up, gives_back, resizes, survives, host_dies)
 
 
 def summary(play: Play) -> None:
@@ -222,7 +293,7 @@ def summary(play: Play) -> None:
     columns = ("", "promised", "costs", "balloon", "may write", "files ok", "I/O err")
     play.screen.table("What happened", columns, rows)
     play.screen.console.print(
-        f"host: {gib(play.host.free())} free, worst {gib(play.host.least_free)}, ran out {play.host.enospc} times;"
-        f" {gib(play.returned)} handed back",
+        f"host: {gib(play.host.free())} free, worst {gib(play.host.least_free)}, ran out {play.host.full} times;"
+        f" {gib(play.returned)} handed back; its own writes were ahead of it for {format_duration(play.host.broken)}",
         soft_wrap=True,
     )

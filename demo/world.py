@@ -1,4 +1,4 @@
-"""The stage: a host's disk with two guests' sparse images on it, a storaged in each, and a host that shares."""
+"""The stage: a host's disk with two guests' sparse images on it, a storaged in each, and storaged-host."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
 from lab.daemon import Daemon
-from lab.loop import Guest, run
+from lab.host import HostDaemon
+from lab.loop import Guest
 from lab.prometheus import Prometheus, Target, find
-from storaged.core.model import Config
-from storaged.rpc.proto import vm_guest_pb2
+from storaged.rpc.proto import storaged_host_v1_pb2
 from storaged.units import GIB, MIB
 
-HOST_DISK = 4 * GIB
+HOST_DISK = 3 * GIB
 PROMISED = 4 * GIB
-HOST_KEEPS = 384 * MIB
-"""Never promised to guests: what the host itself may write before the next look."""
-LOOK_EVERY_S = 0.1
+RESERVE = 384 * MIB
+"""Half of it is there for what the host writes before guests have heard (see docs/sharing.md)."""
 FILE = 24 * MIB
 SETTINGS = """
 [storage]  # levels for a small disk: what a guest is told is its share and 1 GiB
@@ -36,8 +34,28 @@ low_enter = "1280MiB"
 low_leave = "1536MiB"
 settle_s = 2
 """
-UPSTREAM_RESERVE = Config().reserve
-"""A guest subtracts this itself from what it is told."""
+HOST_SETTINGS = """
+[serve]
+listen = ["unix:{control}"]
+metrics = "{metrics}"
+
+[console]
+listen = "tcp:{console}"
+
+[sharing]  # for a disk of 3 GiB
+reserve_least = {reserve}
+reserve_most = "512MiB"
+base = "128MiB"
+low = "1GiB"
+critical = "512MiB"
+dwell_s = 2
+
+[resize]
+state_dir = "{state}"
+
+[pool.disk]
+path = "{disk}"
+"""
 
 
 @dataclass(slots=True)
@@ -49,7 +67,6 @@ class Member:
     daemon: Daemon
     metrics: str
     files: dict[Path, str] = field(default_factory=dict)
-    grant: int = 0
     io_errors: int = 0
     enospc: int = 0
 
@@ -98,17 +115,19 @@ class Member:
 
 
 class Host:
-    """Watches its disk and tells every guest its share, so that all shares together stay below what is left."""
+    """storaged-host, what it says, and what the host itself does to its disk."""
 
-    def __init__(self, disk: Path, members: list[Member]) -> None:
+    def __init__(self, disk: Path, daemon: HostDaemon, console: str, metrics: str) -> None:
         self.disk = disk
-        self.members = members
+        self.daemon = daemon
+        self.console = console
+        self.metrics = metrics
         self.least_free = self.free()
-        self.enospc = 0
-        self.failures: list[str] = []
+        self.full = 0
+        self.broken = 0.0
+        """Seconds in which storaged-host said that its promise does not hold."""
         self._stop = threading.Event()
-        self._pause = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="host", daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._look, self._listen)]
 
     def free(self) -> int:
         """Bytes left on the host's disk."""
@@ -117,40 +136,47 @@ class Host:
 
     def start(self) -> None:
         """Begin to share."""
-        self._thread.start()
+        self.daemon.start()
+        for thread in self._threads:
+            thread.start()
 
-    def stop(self) -> None:
-        """Share no more."""
+    def stop_looking(self) -> None:
+        """Look at the disk no more."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
-    @contextlib.contextmanager
-    def silent(self) -> Iterator[None]:
-        """Tell nobody anything meanwhile."""
-        with self._pause:
-            yield
+    def _look(self) -> None:
+        while not self._stop.wait(0.01):
+            free = self.free()
+            self.least_free = min(self.least_free, free)
+            self.full += free == 0
 
-    def share(self) -> None:
-        """Tell every guest what it may still write. Shrinking shares go out before growing ones."""
-        free = self.free()
-        self.least_free = min(self.least_free, free)
-        each = max(free - HOST_KEEPS, 0) // len(self.members)
-        for member in sorted(self.members, key=lambda member: member.grant, reverse=True):
-            if abs(each - member.grant) < 32 * MIB and each > 64 * MIB:
-                continue
-            try:
-                result = member.daemon.report_free(each + UPSTREAM_RESERVE, _state(free))
-            except grpc.RpcError as error:
-                self.failures.append(f"{member.name}: {error.code().name}")
-                continue
-            if result == vm_guest_pb2.SUCCESS:
-                member.grant = each
+    def _listen(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(0.2):
+            with contextlib.suppress(grpc.RpcError, RuntimeError, ValueError):  # it is being killed
+                pool, now = self.daemon.pool(), time.monotonic()
+                if pool.HasField("promise_holds") and not pool.promise_holds:
+                    self.broken += now - last
+                last = now
 
-    def _run(self) -> None:
-        while not self._stop.wait(LOOK_EVERY_S):
-            with self._pause:
-                self.share()
+    def promised(self) -> tuple[int, int]:
+        """What storaged-host says that guests may write, and what is free less the reserve."""
+        pool = self.daemon.pool()
+        return pool.promised_bytes + pool.unbound_bytes, pool.free_bytes - pool.reserve_bytes
+
+    def settled(self, within_s: float) -> bool:
+        """Wait until the promise holds for every guest, and no guest has more than it was granted."""
+        until = time.monotonic() + within_s
+        while time.monotonic() < until:
+            pool = self.daemon.pool()
+            up = all(guest.state == storaged_host_v1_pb2.GUEST_UP for guest in self.daemon.guests().values())
+            if up and pool.promise_holds and not pool.unbound_bytes:
+                return True
+            time.sleep(0.1)
+        return False
 
     def grow_file(self, name: str, size: int, pace: int) -> None:
         """The host itself writes, `pace` bytes a second."""
@@ -164,14 +190,7 @@ class Host:
                     os.fdatasync(file.fileno())
                     time.sleep(max(len(block) / pace - (time.monotonic() - begun), 0))
         except OSError:
-            self.enospc += 1
-
-
-def _state(free: int) -> int:
-    """What the host says of its disk; the levels suit a disk of 4 GiB."""
-    if free < HOST_KEEPS + 64 * MIB:
-        return vm_guest_pb2.DISK_CRITICAL
-    return vm_guest_pb2.DISK_LOW if free < GIB else vm_guest_pb2.DISK_NORMAL
+            self.full += 1
 
 
 def free_port() -> int:
@@ -182,16 +201,23 @@ def free_port() -> int:
         return port
 
 
-def build_host(directory: Path) -> Path:
-    """A host's disk: an ext4 filesystem of its own, so that nothing else writes to it."""
-    image = directory / "host.img"
-    with image.open("wb") as file:
-        file.truncate(HOST_DISK)
-    run("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
-    disk = directory / "host"
-    disk.mkdir()
-    run("mount", "-o", "loop", image, disk)
-    return disk
+def build_host(directory: Path, disk: Path, members: list[Member]) -> Host:
+    """The host's daemon for these guests, with its console and its metrics; not started."""
+    home = directory / "storaged-host"
+    home.mkdir()
+    console, metrics = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    control = home / "host.sock"
+    lines = [
+        HOST_SETTINGS.format(control=control, metrics=metrics, console=console, disk=disk, state=home, reserve=RESERVE)
+    ]
+    lines += [
+        f'[guest.{member.name}]\naddress = "{member.daemon.address}"\nimage = "{member.guest.image}"\n'
+        for member in members
+    ]
+    config = home / "host.toml"
+    config.write_text("\n".join(lines), encoding="utf-8")
+    daemon = HostDaemon(config, home / "host.log", control)
+    return Host(disk, daemon, f"http://{console}/", metrics)
 
 
 def build_member(directory: Path, disk: Path, name: str) -> Member:
@@ -207,9 +233,11 @@ def build_member(directory: Path, disk: Path, name: str) -> Member:
     )
 
 
-def watched(directory: Path, guests: list[tuple[str, str]]) -> Prometheus | None:
-    """A Prometheus that scrapes (name, address) of each guest; None where there is none on this machine."""
+def watched(directory: Path, guests: list[tuple[str, str]], host: str = "") -> Prometheus | None:
+    """A Prometheus that scrapes (name, address) of each guest, and the host; None where there is none here."""
     if find("prometheus") is None:
         return None
     targets = [Target("storaged", address, "/metrics", (("host", "demo"), ("vm", name))) for name, address in guests]
+    if host:
+        targets.append(Target("storaged-host", host, "/metrics", (("host", "demo"),)))
     return Prometheus(directory / "prometheus", targets, free_port()).start()

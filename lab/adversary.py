@@ -14,8 +14,6 @@ import errno
 import hashlib
 import os
 import random
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab.daemon import Daemon
-from lab.loop import Guest, clear, run, workspace
+from lab.host import HostDaemon
+from lab.loop import Guest, clear, host_disk, run, workspace
 from lab.recovery import QUIET
 from storaged.host.watch import FilesystemSource
 from storaged.units import GIB, MIB
@@ -115,27 +114,6 @@ class Writer:
             self._figures.damaged += not same
 
 
-class Host:
-    """The controller as a process of its own."""
-
-    def __init__(self, config: Path, log: Path) -> None:
-        self._config, self._log = config, log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it."""
-        command = [sys.executable, "-m", "storaged.host", "serve", "--config", str(self._config)]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-    def end(self, number: int = signal.SIGKILL) -> None:
-        """End it, as a crash does if nothing else is said."""
-        if self._process is not None:
-            self._process.send_signal(number)
-            self._process.wait(20)
-            self._process = None
-
-
 def _burst(pool: Path, dice: random.Random, figures: Figures) -> None:
     path = pool / "burst"
     try:
@@ -179,12 +157,7 @@ def attack(
 ) -> Figures:
     """One run in `directory`; its figures. Ends before `seconds` when there is `enough`. Cleared on the way out."""
     figures, dice = Figures(), random.Random(seed)
-    pool, disk = directory / "pool", directory / "disk.img"
-    pool.mkdir()
-    with disk.open("wb") as file:
-        file.truncate(DISK)
-    run("mkfs.ext4", "-q", "-m", "0", disk)
-    run("mount", "-o", "loop", disk, pool)
+    pool = host_disk(directory, DISK)
     try:
         with ExitStack() as stack:
             guests = {name: Guest(pool / name, PROMISED) for name in ("a", "b")}
@@ -195,7 +168,7 @@ def attack(
                 (directory / name).mkdir()
                 daemon = Daemon(directory / name, "--config", str(quiet), stateful=guest.mountpoint)
                 daemons[name] = stack.enter_context(daemon)
-            host = Host(_config(pool, guests), directory / "host.log")
+            host = HostDaemon(_config(pool, guests), directory / "host.log")
             if controlled:
                 host.start()
                 stack.callback(host.end)
@@ -236,7 +209,7 @@ class _Storm:
     pool: Path
     guests: dict[str, Guest]
     daemons: dict[str, Daemon]
-    host: Host | None
+    host: HostDaemon | None
 
     def run(self, ends: Callable[[], bool], over: threading.Event) -> None:
         """Until `ends`; then everything is read back."""
@@ -262,7 +235,7 @@ class _Storm:
             stats = run("btrfs", "device", "stats", guest.mountpoint)
             self.figures.io_errors += sum(int(line.split()[-1]) for line in stats.splitlines())
 
-    def _kill(self, host: Host) -> None:
+    def _kill(self, host: HostDaemon) -> None:
         if self.dice.random() < 0.5:
             host.end()
             self.figures.kills["controller"] += 1

@@ -109,6 +109,17 @@ def loops() -> list[tuple[str, str]]:
     return found
 
 
+def host_disk(directory: Path, size: int) -> Path:
+    """An ext4 of `size` bytes below `directory`, mounted: a host's disk that nobody else writes to."""
+    image, disk = directory / "host.img", directory / "host"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(size)
+    run("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
+    run("mount", "-o", "loop", image, disk)
+    return disk
+
+
 class Guest:
     """One guest's disk: `image` on the host, `device`, and the btrfs mounted at `mountpoint`."""
 

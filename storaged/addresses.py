@@ -1,4 +1,4 @@
-"""Addresses as people write them: `unix:/path`, `tcp:HOST:PORT`, `vsock:CID:PORT`."""
+"""Addresses as people write them: `unix:/path`, `tcp:HOST:PORT`, `vsock:CID:PORT`, and `hybrid:/path:PORT`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from storaged.errors import ConfigError
 
 LONGEST_UNIX_PATH = 107
 """sun_path of sockaddr_un less its final NUL (unix(7))."""
+HYBRID = "hybrid:"
 ANY_CID = 0xFFFFFFFF
 """VMADDR_CID_ANY (vsock(7))."""
 
@@ -56,7 +57,20 @@ class VsockAddress:
         return f"vsock:{'' if self.cid == ANY_CID else self.cid}:{self.port}"
 
 
+@dataclass(frozen=True, slots=True)
+class HybridAddress:
+    """A vsock port of one guest, reached through the unix socket that its machine monitor serves."""
+
+    path: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"hybrid:{self.path}:{self.port}"
+
+
 Address = UnixAddress | TcpAddress | VsockAddress
+GuestAddress = Address | HybridAddress
+"""Where a host finds a guest."""
 
 
 def parse_address(text: str) -> Address:
@@ -78,6 +92,26 @@ def parse_address(text: str) -> Address:
     except ValueError:
         pass
     raise ConfigError(f"address {text!r} is not unix:/path, tcp:HOST:PORT or vsock:CID:PORT")
+
+
+def parse_guest_address(text: str) -> GuestAddress:
+    """As `parse_address`, for where a host finds a guest."""
+    kind, _, rest = text.partition(":")
+    if kind != "hybrid":
+        try:
+            return parse_address(text)
+        except ConfigError as error:
+            raise ConfigError(f"{error.message}, nor hybrid:/path:PORT") from None
+    path, _, port = rest.rpartition(":")
+    try:
+        if not path.startswith("/"):
+            raise ValueError(path)
+        number = _port(port, ANY_CID - 1)
+    except ValueError:
+        raise ConfigError(f"address {text!r} is not hybrid:/path:PORT") from None
+    socket = parse_address(f"unix:{path}")
+    assert isinstance(socket, UnixAddress)
+    return HybridAddress(socket.path, number)
 
 
 def _port(text: str, most: int) -> int:

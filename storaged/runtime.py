@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from storaged.balloon import plea
 from storaged.balloon.engine import BalloonEngine
 from storaged.balloon.target import calm, comfortable_headroom, tight
 from storaged.core import events as ev
@@ -352,6 +353,22 @@ class StorageService:
             with contextlib.suppress(TimeoutError):
                 if self.snapshot.sequence == seen and not self._closing:
                     await asyncio.wait_for(self._changed.wait(), WATCH_AGAIN_S)
+
+    async def pleas(self) -> AsyncIterator[tuple[plea.Seen, int]]:
+        """Bytes to ask the host for, with what they were reckoned from, whenever room runs out."""
+        seen, clock = plea.Seen(), self._world.clock
+        while not self._closing:
+            held = self.snapshot.state.balloon.size
+            if held:
+                try:
+                    available = await self.available()
+                except (StoragedError, TimeoutError):
+                    seen = plea.Seen(asked_at=seen.asked_at)  # a disk that does not answer has no rate
+                else:
+                    seen, size = plea.look(seen, available, held, clock.monotonic())
+                    if size:
+                        yield seen, size
+            await asyncio.sleep(plea.pause(seen, held))
 
     # --- the writer -------------------------------------------------------------------------------------------
 

@@ -31,7 +31,9 @@ _OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
-_NO_CONNECTION = ("failed to connect", "connections to all backends failing", "dns resolution", "dns query failed")
+NO_CONNECTION = ("failed to connect", "connections to all backends failing", "dns resolution", "dns query failed")
+BROKEN = ("socket closed", "recvmsg", "sendmsg", "connection reset", "broken pipe", "stream removed", "goaway")
+"""How gRPC's own words begin when a connection ends under a call."""
 
 
 class CallFailed(StoragedError):
@@ -116,10 +118,8 @@ class Client:
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             limit = self.answer_within_s if within_s is None else within_s
             return CallFailed(f"storaged at {self.address} did not answer within {limit:g} s", Kind.BUSY, lost=True)
-        if code is grpc.StatusCode.UNAVAILABLE and details.lower().startswith(_NO_CONNECTION):
-            return CallFailed(
-                f"cannot reach storaged at {self.address}: {_cause(details)}", Kind.UNAVAILABLE, lost=True
-            )
+        if code is grpc.StatusCode.UNAVAILABLE and details.lower().startswith(NO_CONNECTION):
+            return CallFailed(f"cannot reach storaged at {self.address}: {cause(details)}", Kind.UNAVAILABLE, lost=True)
         if code is grpc.StatusCode.UNIMPLEMENTED and details.startswith("Method not found"):
             return CallFailed(f"what answers at {self.address} does not know this call", Kind.UNSUPPORTED)
         lost = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -169,7 +169,7 @@ def _status(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
     return call.code() or grpc.StatusCode.UNKNOWN, call.details() or ""
 
 
-def _cause(details: str) -> str:
+def cause(details: str) -> str:
     """The operating system's own words at the end of gRPC's."""
     cause = details.rpartition("last error: ")[2]
     for separator in (" error: ", "connect failed: ", "connect: ", "remote host: "):

@@ -15,7 +15,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import grpc
 
 from storaged.addresses import Address, TcpAddress, UnixAddress
-from storaged.ctl.client import CallFailed
+from storaged.ctl.client import BROKEN, NO_CONNECTION, CallFailed, cause
 from storaged.ctl.feed import TRY_AGAIN_S, TWICE_S, Gone, Interrupted, Lost
 from storaged.errors import ConfigError, Kind
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
@@ -99,10 +99,13 @@ class HostClient:
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             text = f"storaged-host at {self.address} did not answer within {self.answer_within_s:g} s"
             return CallFailed(text, Kind.BUSY, lost=True)
-        if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
-            text = f"cannot reach storaged-host at {self.address}; is it running, and may you open its socket?"
+        if code is grpc.StatusCode.UNAVAILABLE and details.lower().startswith(NO_CONNECTION):
+            text = (
+                f"cannot reach storaged-host at {self.address} ({cause(details)}); is it running, and may you open it?"
+            )
             return CallFailed(text, Kind.UNAVAILABLE, lost=True)
-        lost = code is grpc.StatusCode.CANCELLED or (code is grpc.StatusCode.UNAVAILABLE and not details)
+        broken = not details or details.lower().startswith(BROKEN)  # else it is storaged-host's own word
+        lost = code is grpc.StatusCode.CANCELLED or (code is grpc.StatusCode.UNAVAILABLE and broken)
         text = details or f"storaged-host at {self.address} answered {code.name}"
         return CallFailed(text, Kind.UNAVAILABLE if lost else Kind.INTERNAL, lost=lost)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import sys
 
-from storaged import __version__
+from storaged import __version__, logs
 from storaged.errors import ConfigError, StoragedError
 from storaged.host.config import load
 
@@ -40,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; its exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logs.setup(options.log_level)
     try:
         if options.sim is not None:
             return _simulate(options)

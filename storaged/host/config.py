@@ -11,12 +11,22 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from storaged.addresses import Address, VsockAddress, parse_address
+from storaged.addresses import (
+    ANY_CID,
+    HYBRID,
+    LONGEST_UNIX_PATH,
+    Address,
+    GuestAddress,
+    VsockAddress,
+    parse_address,
+    parse_guest_address,
+)
 from storaged.errors import ConfigError, InvalidRequest
 from storaged.host.console import settings as console
 from storaged.host.console.settings import ConsoleSettings
@@ -37,7 +47,7 @@ class GuestConfig:
     """
 
     name: str
-    address: Address
+    address: GuestAddress
     image: str
     pool: str
     weight: float = 1.0
@@ -79,7 +89,10 @@ class Discovery:
         else:
             return None
         within = f"[{host}]" if kind == "ipv6" else host
-        address = parse_address(self.address.replace("{host}", within))
+        try:
+            address = parse_guest_address(self.address.replace("{host}", within))
+        except ConfigError:
+            return None  # an address of another kind than `address` is made for
         return GuestConfig(host, address, self.image.replace("{host}", host), self.pool, peer=peer)
 
 
@@ -189,10 +202,25 @@ def _path(key: str, value: Any) -> str:
 
 
 def _address(key: str, value: Any) -> Address:
-    address = parse_address(_text(key, value))
-    if isinstance(address, VsockAddress):
-        raise ConfigError(f"{key} = {value!r}: reaching vsock is not built yet; use unix: or tcp:")
+    return parse_address(_text(key, value))
+
+
+def _guest_address(key: str, value: Any) -> GuestAddress:
+    address = parse_guest_address(_text(key, value))
+    if isinstance(address, VsockAddress) and address.cid == ANY_CID:
+        raise ConfigError(f"{key} = {value!r}: a guest has a context id, vsock:CID:PORT")
     return address
+
+
+def _peer(key: str, value: Any) -> str:
+    """Whence a guest calls; a `hybrid:` path must be one that a socket can have."""
+    peer = _text(key, value)
+    if peer.startswith(HYBRID):
+        path = peer.removeprefix(HYBRID)
+        if not path.startswith("/") or len(os.fsencode(path)) > LONGEST_UNIX_PATH:
+            raise ConfigError(f"{key} = {value!r}: hybrid:/path of at most {LONGEST_UNIX_PATH} bytes is accepted")
+        return HYBRID + os.path.normpath(path)
+    return peer
 
 
 def _pool(name: str, table: Any) -> PoolConfig:
@@ -219,7 +247,8 @@ def _discovery(table: Any, pools: tuple[PoolConfig, ...]) -> Discovery:
     for key, value in (("address", address), ("image", image)):
         if "{host}" not in value:
             raise ConfigError(f"discovery.{key} = {value!r} must contain {{host}}: every guest has its own")
-    _address("discovery.address", address.replace("{host}", "192.0.2.1"))
+    # Any number will do: as a context id and as a host's name.
+    _guest_address("discovery.address", address.replace("{host}", "3"))
     return Discovery(address, image, _of("discovery", table, pools))
 
 
@@ -231,13 +260,13 @@ def _guest(name: str, table: Any, pools: tuple[PoolConfig, ...]) -> GuestConfig:
         raise ConfigError(f"{where}.weight = {weight!r}: a number between 0.01 and 100 is accepted")
     return GuestConfig(
         name,
-        _address(f"{where}.address", table.get("address")),
+        _guest_address(f"{where}.address", table.get("address")),
         _path(f"{where}.image", table.get("image")),
         _of(where, table, pools),
         float(weight),
         _size(f"{where}.size", table["size"]) if "size" in table else 0,
         _path(f"{where}.pid_file", table["pid_file"]) if "pid_file" in table else "",
-        _text(f"{where}.peer", table["peer"]) if "peer" in table else "",
+        _peer(f"{where}.peer", table["peer"]) if "peer" in table else "",
         *_control(where, table),
     )
 

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 GLANCE_S = 0.02
 """A glance costs some microseconds. It has a thread of its own, which wakes the loop only when there is news."""
+GATHER_S = 0.005
+"""Answers are waited for this long, so that many of them are one step."""
 MACHINES_S = 1.0
 WAKE_S = 0.05
 """When the next thing is due is looked up this often at most: it takes a walk over all guests."""
@@ -48,7 +50,9 @@ class Client(Agent, Protocol):
     plain: bool
 
     async def set_available(self, size: int, level: Level, within_s: float) -> None: ...
-    async def watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None: ...
+    async def watch(
+        self, changed: Callable[[], None], lost: Callable[[], None], asked: Callable[[int], None]
+    ) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -87,6 +91,7 @@ class Controller:
         self.members = {guest.name: Member(guest, Machine(guest.pid_file)) for guest in guests}
         self._events: deque[ev.Event] = deque()
         self._news = asyncio.Event()
+        self._gathering: asyncio.TimerHandle | None = None
         self._observers: list[Observer] = []
         self._poll_at = self._wake_at = self._machines_at = self._rest_until = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"pool-{pool.name}")
@@ -103,6 +108,13 @@ class Controller:
     def tell(self, event: ev.Event) -> None:
         """Something has happened; from the event loop's thread."""
         self._events.append(event)
+        if not isinstance(event, ev.GrantAcked):
+            self._news.set()
+        elif self._gathering is None:
+            self._gathering = asyncio.get_running_loop().call_later(GATHER_S, self._gathered)
+
+    def _gathered(self) -> None:
+        self._gathering = None
         self._news.set()
 
     def check(self) -> None:
@@ -183,7 +195,7 @@ class Controller:
                     self._machines_at = now + MACHINES_S
                     self._machines()
                 while self._events:
-                    self._step(self._events.popleft())
+                    self._step(self._next())
                 now = time.monotonic()
                 if now >= self._wake_at:
                     self._wake(now)
@@ -210,6 +222,17 @@ class Controller:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     # --- the core
+
+    def _next(self) -> ev.Event:
+        """The oldest event; answers in a row are one."""
+        event = self._events.popleft()
+        if not isinstance(event, ev.GrantAcked):
+            return event
+        acks = [event]
+        while self._events and isinstance(ack := self._events[0], ev.GrantAcked):
+            acks.append(ack)
+            self._events.popleft()
+        return ev.GrantsAcked(tuple(acks))
 
     def _step(self, event: ev.Event) -> None:
         self.state, effects = step(self.state, event)
@@ -323,7 +346,11 @@ class Controller:
     async def _watch(self, member: Member, client: Client) -> None:
         name = member.config.name
 
-        await client.watch(self._changed, lambda: self.tell(ev.GuestSilent(name, time.monotonic())))
+        await client.watch(
+            self._changed,
+            lambda: self.tell(ev.GuestSilent(name, time.monotonic())),
+            lambda size: self.tell(ev.RoomAsked(name, size, time.monotonic())),
+        )
 
     def _dropped(self, member: Member) -> None:
         """Forget what belongs to a machine that has ended, without waiting for it."""

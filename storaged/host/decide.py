@@ -59,7 +59,8 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
         if slack < 0:
             # Half of the reserve is there to shrink with.
             purse.left = max(purse.left + pool.reserve // 2, 0)
-        _shrink(state, claims, division, purse, short)
+        # A promise that does not hold is worth any call: below the band it would stay broken for ever.
+        _shrink(state, claims, division, purse, short, settings.least if slack < 0 else 0)
     if slack > 0 and purse.left > keep:
         _grow(state, [claim for claim in claims if not claim.urgent], division, purse, keep)
     return purse.sends
@@ -107,10 +108,14 @@ def _grow(state: State, claims: list[_Claim], division: Division, purse: _Purse,
     return unmet
 
 
-def _shrink(state: State, claims: list[_Claim], division: Division, purse: _Purse, short: int) -> None:
-    """Get `short` bytes from those who hold most above their target; what can be paid for may be less than that."""
+def _shrink(state: State, claims: list[_Claim], division: Division, purse: _Purse, short: int, any_call: int) -> None:
+    """Get `short` bytes from those who hold most above their target; what can be paid for may be less than that.
+
+    `any_call`: bytes that are worth a call whatever the band says; 0 for the band.
+    """
     for claim in sorted(claims, key=lambda claim: claim.held - claim.target, reverse=True):
-        if not claim.free_to_move or claim.held - claim.target < _band(claim.target, division, state):
+        band = any_call or _band(claim.target, division, state)
+        if not claim.free_to_move or claim.held - claim.target < band:
             continue
         size = sector_floor(min(claim.target, purse.left))
         purse.send(claim, size)

@@ -86,6 +86,13 @@ class GrantAcked:
 
 
 @dataclass(frozen=True, slots=True)
+class GrantsAcked:
+    """Several at once, in this order: a thousand answers cost one step."""
+
+    acks: tuple[GrantAcked, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GrantFailed:
     """SetGrant `seq` had no good answer. `certain`: it surely never reached the guest, and never will."""
 
@@ -144,6 +151,7 @@ Event = (
     | GuestLeft
     | GuestSampled
     | GrantAcked
+    | GrantsAcked
     | GrantFailed
     | GuestSilent
     | RoomAsked

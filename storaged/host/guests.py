@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import time
@@ -21,12 +22,13 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import grpc
 import grpc.aio
 
-from storaged.addresses import Address, TcpAddress, UnixAddress
+from storaged.addresses import GuestAddress, HybridAddress, TcpAddress, UnixAddress, VsockAddress
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
 from storaged.host.levels import Level
+from storaged.rpc.outward import Connect, Outward, PrivateDirectory, to_hybrid, to_vsock
 from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
-from storaged.units import GIB
+from storaged.units import GIB, MAX_SIZE
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -34,6 +36,7 @@ _Answer = TypeVar("_Answer")
 HELD_BACK = GIB
 """What a guest subtracts by itself from the number that it is told."""
 WATCH_INTERVAL_S = 1.0
+PLEA_S = 1.0
 ANSWER_S, WORK_S = 20.0, 600.0
 """For a plain answer, and for the end of a job that was cancelled: its last step takes its time."""
 AGAIN_FIRST_S, AGAIN_MOST_S = 1.0, 30.0
@@ -50,6 +53,8 @@ _OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", 1 << 20),  # a guest is not trusted to be brief
+    ("grpc.http2.bdp_probe", 0),  # a ping with every answer, to measure a bandwidth that nobody wants to know
+    ("grpc.enable_retries", 0),  # whoever calls tries again, and knows what became of the first try
 ]
 
 
@@ -90,12 +95,13 @@ class GuestClient:
     `reported_at`: when it came, monotonic seconds; it stays when the report is dropped because nobody answers.
     """
 
-    def __init__(self, name: str, address: Address, tls: Tls | None = None) -> None:
+    def __init__(self, name: str, address: GuestAddress, tls: Tls | None = None) -> None:
         self.name = name
         self.report: storaged_v1_pb2.Report | None = None
         self.reported_at: float | None = None
         self.plain = False  # known to be no storaged
-        self._channel = _channel(address, tls)
+        self._way = _way(address)
+        self._channel = _channel(address, tls, self._way)
         self._maitred = vm_guest_pb2_grpc.MaitredStub(self._channel)
         self._storage = storaged_v1_pb2_grpc.StorageStub(self._channel)
 
@@ -109,13 +115,33 @@ class GuestClient:
         if answer.result != vm_guest_pb2.SUCCESS:
             raise NotTold("its balloon did not get there")
 
-    async def watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None:
-        """Keep `report` up to date for as long as this runs; returns when the agent is no storaged."""
-        bounds = asyncio.create_task(self._ask_bounds(changed))
+    async def watch(self, changed: Callable[[], None], lost: Callable[[], None], asked: Callable[[int], None]) -> None:
+        """Keep `report` up to date for as long as this runs; returns when the agent is no storaged.
+
+        `asked`: called with the bytes of room that the guest pleads for, at most once in PLEA_S.
+        """
+        beside = [asyncio.create_task(self._ask_bounds(changed)), asyncio.create_task(self._hear_pleas(asked))]
         try:
             await self._watch(changed, lost)
         finally:
-            bounds.cancel()
+            for task in beside:
+                task.cancel()
+
+    async def _hear_pleas(self, asked: Callable[[int], None]) -> None:
+        heard_at, wait_s = -math.inf, AGAIN_FIRST_S
+        while True:
+            if self.report is not None:  # else it is no storaged, or away: `_watch` finds out
+                try:
+                    async for plea in self._storage.AskRoom(storaged_v1_pb2.AskRoomRequest()):
+                        wait_s = AGAIN_FIRST_S
+                        if (now := time.monotonic()) >= heard_at + PLEA_S:  # a guest is not trusted to be modest
+                            heard_at = now
+                            asked(min(plea.size_bytes, MAX_SIZE))
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        return  # an older storaged
+                wait_s = min(2 * wait_s, AGAIN_MOST_S)
+            await asyncio.sleep(wait_s)
 
     async def _ask_bounds(self, changed: Callable[[], None]) -> None:
         """How small it can get is reckoned by a guest only when it is asked, so it is asked now and then."""
@@ -186,6 +212,8 @@ class GuestClient:
         """End all calls."""
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close()
+        if self._way is not None:
+            await self._way.close()
 
 
 _LOST = {
@@ -226,17 +254,42 @@ def _not_told(error: grpc.aio.AioRpcError) -> NotTold:
     return NotTold("nobody answers there" if certain else f"{code.name}: {details[:200]}", certain=certain)
 
 
-def _channel(address: Address, tls: Tls | None) -> grpc.aio.Channel:
+def _channel(address: GuestAddress, tls: Tls | None, way: Way | None) -> grpc.aio.Channel:
+    if way is not None:
+        return grpc.aio.insecure_channel(way.target, options=_OPTIONS)
     if isinstance(address, UnixAddress):
         return grpc.aio.insecure_channel(str(address), options=_OPTIONS)
-    if isinstance(address, TcpAddress):
-        target = f"{address.host}:{address.port}"
-        if tls is not None and tls.key:
-            return grpc.aio.secure_channel(target, _credentials(tls), options=_OPTIONS)
-        if address.loopback:
-            return grpc.aio.insecure_channel(target, options=_OPTIONS)
-        raise ConfigError(f"{address} needs [tls] with authority, certificate and key: it is not a loopback address")
-    raise ConfigError(f"{address}: reaching vsock is not built yet; use unix: or tcp:")
+    assert isinstance(address, TcpAddress)
+    target = f"{address.host}:{address.port}"
+    if tls is not None and tls.key:
+        return grpc.aio.secure_channel(target, _credentials(tls), options=_OPTIONS)
+    if address.loopback:
+        return grpc.aio.insecure_channel(target, options=_OPTIONS)
+    raise ConfigError(f"{address} needs [tls] with authority, certificate and key: it is not a loopback address")
+
+
+class Way:
+    """To an address that gRPC cannot reach: a socket of our own, whose connections are carried there."""
+
+    def __init__(self, connect: Connect) -> None:
+        self._private = PrivateDirectory()
+        self._outward = Outward(connect)
+        path = self._private.socket("out")
+        self._outward.open(path)
+        self.target = f"unix:{path}"
+
+    async def close(self) -> None:
+        """End all connections."""
+        try:
+            await self._outward.close()
+        finally:
+            self._private.remove()
+
+
+def _way(address: GuestAddress) -> Way | None:
+    if isinstance(address, VsockAddress):
+        return Way(to_vsock(address))
+    return Way(to_hybrid(address)) if isinstance(address, HybridAddress) else None
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
-import stat
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -18,6 +16,8 @@ import grpc.aio
 from storaged.addresses import Address, TcpAddress, UnixAddress
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
+from storaged.host.doors import Doors
+from storaged.host.sockets import clear
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.proto import common_pb2, vm_host_pb2, vm_host_pb2_grpc
 
@@ -36,15 +36,16 @@ def peer_name(peer: str) -> str:
 
 
 class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
-    def __init__(self, ready: Ready) -> None:
+    def __init__(self, ready: Ready, came_from: Callable[[str], str]) -> None:
         self._ready = ready
+        self._came_from = came_from
 
     async def VmReady(  # noqa: N802  # named as in the contract
         self,
         request: common_pb2.EmptyMessage,  # noqa: ARG002  # it is empty
         context: Any,
     ) -> common_pb2.EmptyMessage:
-        peer = peer_name(context.peer())
+        peer = self._came_from(context.peer())
         if not self._ready(peer):
             log.warning("a guest that is not configured called from %s", peer)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no guest is configured with this peer")
@@ -59,10 +60,21 @@ class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
 
 
 class Listener:
-    """Serves guests' announcements on any number of addresses, and on unix sockets alone what `local` adds."""
+    """Serves guests' announcements on any number of addresses, and on unix sockets alone what `local` adds.
 
-    def __init__(self, ready: Ready, tls: Tls, local: Callable[[grpc.aio.Server], None] | None = None) -> None:
-        self._server, self._local = _server(ready), _server(ready)
+    `hybrid`: paths at which machine monitors connect for their guests.
+    """
+
+    def __init__(
+        self,
+        ready: Ready,
+        tls: Tls,
+        local: Callable[[grpc.aio.Server], None] | None = None,
+        hybrid: Sequence[str] = (),
+    ) -> None:
+        self._server, self._local = _server(ready, self._came_from), _server(ready, peer_name)
+        self._hybrid = hybrid
+        self._doors: Doors | None = None
         if local is not None:
             local(self._local)
         self._tls = tls
@@ -71,6 +83,8 @@ class Listener:
     async def start(self, addresses: Sequence[Address]) -> list[Address]:
         """Serve; the addresses with the ports chosen for port 0. Raises StoragedError."""
         bound = [self._bind(address) for address in addresses]
+        for path in self._hybrid:
+            self._guest_doors().listen_hybrid(path)
         await self._server.start()
         await self._local.start()
         return bound
@@ -78,7 +92,7 @@ class Listener:
     def _bind(self, address: Address) -> Address:
         try:
             if isinstance(address, UnixAddress):
-                _clear(address.path)
+                clear(address.path)
                 mask = os.umask(0o177)  # ours alone from the moment it exists
                 try:
                     self._local.add_insecure_port(str(address))
@@ -95,39 +109,37 @@ class Listener:
                 raise ConfigError(f"{address} needs [tls]: it is not a loopback address")
         except RuntimeError as error:
             raise StoragedError(f"cannot listen on {address}: {error}", Kind.UNAVAILABLE) from error
-        raise ConfigError(f"{address}: listening on vsock is not built yet; use unix: or tcp:")
+        return self._guest_doors().listen(address)
+
+    def _guest_doors(self) -> Doors:
+        if self._doors is None:
+            self._doors = Doors()
+            self._server.add_insecure_port(f"unix:{self._doors.backend}")
+        return self._doors
+
+    def _came_from(self, peer: str) -> str:
+        """Who a peer is; a socket of the doors stands for the guest that came in there."""
+        name = peer_name(peer)
+        return (self._doors.peer(name) if self._doors is not None else None) or name
 
     async def stop(self) -> None:
         """Take no more calls."""
         await asyncio.gather(self._server.stop(0.5), self._local.stop(0.5))
+        if self._doors is not None:
+            await self._doors.close()
         for path in self._sockets:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
 
-def _server(ready: Ready) -> grpc.aio.Server:
+def _server(ready: Ready, came_from: Callable[[str], str]) -> grpc.aio.Server:
     server = grpc.aio.server(
         interceptors=[StatusInterceptor()],
         maximum_concurrent_rpcs=256,
         options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1 << 16)],
     )
-    vm_host_pb2_grpc.add_StartupListenerServicer_to_server(_Listener(ready), server)
+    vm_host_pb2_grpc.add_StartupListenerServicer_to_server(_Listener(ready, came_from), server)
     return server
-
-
-def _clear(path: str) -> None:
-    """Make room for our socket; raises StoragedError when somebody lives there."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ConfigError(f"unix:{path}: there is already something that is not a socket")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return
-    raise StoragedError(f"unix:{path} is served by another process", Kind.BUSY)
 
 
 def _credentials(tls: Tls) -> grpc.ServerCredentials:

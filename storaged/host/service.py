@@ -9,7 +9,7 @@ import resource
 import signal
 from typing import TYPE_CHECKING
 
-from storaged.addresses import Address, UnixAddress
+from storaged.addresses import HYBRID, Address, UnixAddress
 from storaged.errors import ConfigError
 from storaged.host.api import HostApi
 from storaged.host.config import GuestConfig, HostConfig, PoolConfig
@@ -53,7 +53,8 @@ class Host:
             if guest.peer and guest.pool == controller.pool.name
         }
         self._api = HostApi(self.controllers)
-        self._listener = Listener(self._ready, config.tls, self._api.add_to)
+        hybrid = [peer.removeprefix(HYBRID) for peer in self._by_peer if peer.startswith(HYBRID)]
+        self._listener = Listener(self._ready, config.tls, self._api.add_to, hybrid)
         self.listening: list[Address] = []
         self._console = self._with_console() if config.console.listen else None
 
@@ -105,7 +106,7 @@ class Host:
 
             exporter = serve_collectors(self._config.metrics, lambda: None, HostCollector(self.controllers))
         try:
-            if self._config.listen:
+            if self._config.listen or any(peer.startswith(HYBRID) for peer in self._by_peer):
                 self.listening = await self._listener.start(self._config.listen)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._api.run(), name="history")

@@ -14,7 +14,7 @@ The rules, in prose:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -245,24 +245,38 @@ def _guest_sampled(state: State, event: ev.GuestSampled) -> Result:
 
 
 def _grant_acked(state: State, event: ev.GrantAcked) -> Result:
-    guest = state.guests.get(event.guest)
-    if guest is None or guest.lease.flight is None or guest.lease.flight.seq != event.seq:
-        return state, ()  # too late to count: a newer one is under way, or it had failed
-    took_s = event.at - guest.lease.flight.sent_at
-    lease = leases.acked(guest.lease, event.seq, event.available, event.at)
-    presence = guest.presence if guest.presence is Presence.SUSPENDED else Presence.UP
-    if presence is guest.presence and not guest.failures:
-        changed = _holding(guest, lease)
-    else:
-        changed = replace(guest, lease=lease, presence=presence, failures=0, retry_at=0.0)
+    return _acked(state, (event,))
+
+
+def _grants_acked(state: State, event: ev.GrantsAcked) -> Result:
+    return _acked(state, event.acks)
+
+
+def _acked(state: State, acks: Sequence[ev.GrantAcked]) -> Result:
+    guests, slowest_s = dict(state.guests), 0.0
+    settles, news = False, []
+    for ack in acks:
+        guest = guests.get(ack.guest)
+        if guest is None or guest.lease.flight is None or guest.lease.flight.seq != ack.seq:
+            continue  # too late to count: a newer one is under way, or it had failed
+        settles = True
+        slowest_s = max(slowest_s, ack.at - guest.lease.flight.sent_at)
+        lease = leases.acked(guest.lease, ack.seq, ack.available, ack.at)
+        presence = guest.presence if guest.presence is Presence.SUSPENDED else Presence.UP
+        if presence is guest.presence and not guest.failures:
+            guests[guest.name] = _holding(guest, lease)
+            continue
+        if presence is not guest.presence:
+            news.append(ev.Note(ev.Topic.GUEST, f"{guest.name} answers", guest.name))
+        guests[guest.name] = replace(guest, lease=lease, presence=presence, failures=0, retry_at=0.0)
+    if not settles:
+        return state, ()
     # A guest that hung is no measure of how fast the others shrink.
-    took_s = min(took_s, state.settings.answer_s)
-    pool = replace(state.pool, answer_s=1.1 * took_s) if took_s > state.pool.answer_s else state.pool
-    state = State(state.settings, pool, {**state.guests, guest.name: changed}, state.seq, state.holds)
+    slowest_s = min(slowest_s, state.settings.answer_s)
+    pool = replace(state.pool, answer_s=1.1 * slowest_s) if slowest_s > state.pool.answer_s else state.pool
+    state = State(state.settings, pool, guests, state.seq, state.holds)
     poll = ev.Poll(min(state.settings.poll_soon_s, state.pool.interval_s))
-    if presence is guest.presence:
-        return state, (poll,)
-    return state, (ev.Note(ev.Topic.GUEST, f"{guest.name} answers", guest.name), ev.Publish(), poll)
+    return state, (*news, *((ev.Publish(),) if news else ()), poll)
 
 
 def _grant_failed(state: State, event: ev.GrantFailed) -> Result:
@@ -351,6 +365,7 @@ HANDLERS: dict[type[ev.Event], Callable[[State, Any], Result]] = {
     ev.GuestLeft: _guest_left,
     ev.GuestSampled: _guest_sampled,
     ev.GrantAcked: _grant_acked,
+    ev.GrantsAcked: _grants_acked,
     ev.GrantFailed: _grant_failed,
     ev.GuestSilent: _guest_silent,
     ev.RoomAsked: _room_asked,

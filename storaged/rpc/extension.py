@@ -63,6 +63,10 @@ class Storage(storaged_v1_pb2_grpc.StorageServicer):
         start = self._storage.retarget if request.retarget else self._storage.started
         return pb.ResizeResponse(job=_job(await start(request.size_bytes, best_effort=request.best_effort)))
 
+    async def AskRoom(self, request: pb.AskRoomRequest, context: Context) -> AsyncIterator[pb.RoomAsked]:
+        async for seen, size in self._storage.pleas():
+            yield pb.RoomAsked(size_bytes=size, available_bytes=seen.available, fall_bytes_per_s=seen.rate)
+
     async def CancelResize(self, request: pb.CancelResizeRequest, context: Context) -> pb.CancelResizeResponse:
         return pb.CancelResizeResponse(job=_job(await self._storage.cancel()))
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine
 
 from storaged.addresses import VsockAddress
 from storaged.config import VsockConfig
@@ -102,7 +103,8 @@ class _Pair:
 
     async def _connect(self) -> None:
         try:
-            transport, _ = await self._loop.create_unix_connection(lambda: self.inner, self._relay.backend)
+            inside = await self._relay.enter(self.cid)
+            transport, _ = await self._loop.create_unix_connection(lambda: self.inner, sock=inside)
         except OSError as error:
             log.warning("the server behind the vsock relay does not answer: %s", error)
             self._drop("backend")
@@ -166,11 +168,20 @@ class _Pair:
 
 
 class Relay:
-    """Carries connections of allowed peers to the unix socket `backend`."""
+    """Carries connections of allowed peers to the unix socket `backend`.
 
-    def __init__(self, backend: str, config: VsockConfig | None = None) -> None:
+    `cids`: who is allowed, in place of the configuration. `names`: a directory of ours; then the server behind sees
+    each connection come from a socket in it, whose name begins with the context id and a dash.
+    """
+
+    def __init__(
+        self, backend: str, config: VsockConfig | None = None, *, cids: Container[int] | None = None, names: str = ""
+    ) -> None:
         self.backend = backend
         self.config = config or VsockConfig()
+        self._cids = cids
+        self._names = names
+        self._entered = 0
         self.accepted = 0
         self._dropped = Counter(dict.fromkeys(REASONS, 0))
         self._pairs: set[_Pair] = set()
@@ -188,6 +199,25 @@ class Relay:
     def open(self) -> int:
         """Connections held now."""
         return len(self._pairs)
+
+    async def enter(self, cid: int) -> socket.socket:
+        """A connection to the backend for a peer. Raises OSError."""
+        inside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        name = ""
+        try:
+            if self._names:
+                self._entered += 1
+                name = os.path.join(self._names, f"{cid}-{self._entered}")
+                inside.bind(name)
+            await asyncio.get_running_loop().sock_connect(inside, self.backend)
+        except BaseException:
+            inside.close()
+            raise
+        finally:
+            if name:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+        return inside
 
     def listen(self, address: VsockAddress) -> VsockAddress:
         """Accept on `address`; the address with the port that was chosen for the port of any. Raises StoragedError."""
@@ -219,7 +249,7 @@ class Relay:
     def adopt(self, peer: socket.socket, cid: int) -> None:
         """Take a connected socket of the peer `cid`, or drop it at once."""
         config = self.config
-        if cid not in config.cids:
+        if cid not in (config.cids if self._cids is None else self._cids):
             reason = "cid"
         elif len(self._pairs) >= config.connections:
             reason = "full"

@@ -165,6 +165,41 @@ def test_growth_waits_until_a_shrink_is_acknowledged() -> None:
     assert told.look(6 * GIB)["a"].size > before["a"]
 
 
+@given(st.lists(st.sampled_from("abcd"), max_size=6), st.booleans())
+def test_answers_taken_together_are_answers_taken_one_by_one(answering: list[str], hung: bool) -> None:
+    told = Told(*"abcd")
+    sent = told.sent
+    if hung:
+        told.step(ev.GrantFailed("a", sent["a"].seq, "late", told.now))
+    before = told.state
+    acks = tuple(
+        ev.GrantAcked(name, sent[name].seq + (place == 3), sent[name].size, told.now + place / 8)
+        for place, name in enumerate(answering)
+    )  # the fourth is of no grant that is under way
+    together, _ = step(before, ev.GrantsAcked(acks))
+    for ack in acks:
+        told.step(ack)
+    assert together == told.state
+    assert {name for name, guest in together.guests.items() if guest.presence is Presence.UP} == {
+        ack.guest for ack in acks if ack.seq == sent[ack.guest].seq
+    } - ({"a"} if hung else set())
+
+
+@pytest.mark.parametrize("missing", [5, 17, 40])
+def test_a_promise_that_is_broken_by_a_little_is_mended_too(missing: int) -> None:
+    told = Told("a", "b", free=GIB + 100 * MIB)
+    for _ in range(4):
+        told.answer(*told.sent.values())
+        told.look(GIB + 100 * MIB)
+    promised = books(told.state).promised
+    assert promised < 128 * MIB, "nobody holds as much as the band is wide"
+    free = told.state.pool.reserve + promised - missing * MIB
+    for _ in range(4):  # an eighth of what is left is kept, so it takes no more than a few
+        told.answer(*told.sent.values())
+        told.look(max(free, told.state.pool.reserve))
+    assert established(told.state)
+
+
 def test_one_that_hangs_keeps_its_grant_and_is_tried_again() -> None:
     told = Told("a", "b")
     told.answer(told.sent["a"])

@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$storaged/rpc/proto/storaged_v1.proto\x12\x0bstoraged.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"&\n\x0cWatchRequest\x12\x16\n\x0emin_interval_s\x18\x01 \x01(\x01\"\x12\n\x10GetReportRequest\"J\n\rResizeRequest\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x13\n\x0b\x62\x65st_effort\x18\x02 \x01(\x08\x12\x10\n\x08retarget\x18\x03 \x01(\x08\"/\n\x0eResizeResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.storaged.v1.Job\"\x15\n\x13\x43\x61ncelResizeRequest\"5\n\x14\x43\x61ncelResizeResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.storaged.v1.Job\"+\n\x0bTrimRequest\x12\x1c\n\x14reclaim_empty_chunks\x18\x01 \x01(\x08\"%\n\x0cTrimResponse\x12\x15\n\rtrimmed_bytes\x18\x01 \x01(\x04\"\xeb\x01\n\x08Pressure\x12!\n\x05level\x18\x01 \x01(\x0e\x32\x12.storaged.v1.Level\x12\x1c\n\x0fhost_free_bytes\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12/\n\x0breported_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\rpending_level\x18\x04 \x01(\x0e\x32\x12.storaged.v1.LevelH\x01\x88\x01\x01\x12\x17\n\x0fignored_reports\x18\x05 \x01(\x04\x42\x12\n\x10_host_free_bytesB\x10\n\x0e_pending_level\"\x9e\x03\n\nFilesystem\x12\x12\n\nmountpoint\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x64\x61ta_total_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x64\x61ta_used_bytes\x18\x07 \x01(\x04\x12\x1c\n\x14metadata_total_bytes\x18\x08 \x01(\x04\x12\x1b\n\x13metadata_used_bytes\x18\t \x01(\x04\x12\x1c\n\x14global_reserve_bytes\x18\n \x01(\x04\x12\x19\n\x11unallocated_bytes\x18\x0b \x01(\x04\x12\x1f\n\x17metadata_headroom_bytes\x18\x0c \x01(\x04\x12\x18\n\x10\x64\x61ta_chunk_bytes\x18\r \x01(\x04\x12\x1b\n\x13\x65xclusive_operation\x18\x0e \x01(\t\x12\x11\n\tread_only\x18\x0f \x01(\x08\x12\x19\n\x11\x64iscard_supported\x18\x10 \x01(\x08\"\xa2\x02\n\x07\x42\x61lloon\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.storaged.v1.BalloonState\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0ctarget_bytes\x18\x03 \x01(\x04\x12\x18\n\x0blimit_bytes\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12\x17\n\nretry_in_s\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x14inflated_bytes_total\x18\x07 \x01(\x04\x12\x1c\n\x14\x64\x65\x66lated_bytes_total\x18\x08 \x01(\x04\x12\x1d\n\x15metadata_relief_bytes\x18\t \x01(\x04\x42\x0e\n\x0c_limit_bytesB\r\n\x0b_retry_in_s\"\xbd\x03\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.storaged.v1.JobState\x12)\n\tdirection\x18\x03 \x01(\x0e\x32\x16.storaged.v1.Direction\x12\x12\n\nstart_size\x18\x04 \x01(\x04\x12\x16\n\x0erequested_size\x18\x05 \x01(\x04\x12\x14\n\x0c\x63urrent_size\x18\x06 \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x07 \x01(\x04\x12\x1b\n\x13total_to_move_bytes\x18\x08 \x01(\x04\x12\x10\n\x08progress\x18\t \x01(\x01\x12\x1d\n\x10rate_bytes_per_s\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x65ta_s\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12.\n\nstarted_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x13\n\x0b\x62\x65st_effort\x18\x0f \x01(\x08\x42\x13\n\x11_rate_bytes_per_sB\x08\n\x06_eta_s\"D\n\x06\x42ounds\x12\x14\n\x0cminimum_size\x18\x01 \x01(\x04\x12\x17\n\x0fguaranteed_size\x18\x02 \x01(\x04\x12\x0b\n\x03why\x18\x03 \x01(\t\"w\n\x0b\x44irtyLimits\x12\x13\n\x0b\x64irty_bytes\x18\x01 \x01(\x04\x12\x1e\n\x16\x64irty_background_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x64irty_ratio\x18\x03 \x01(\x04\x12\x1e\n\x16\x64irty_background_ratio\x18\x04 \x01(\x04\"\xa9\x03\n\x06Report\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x11\n\tsimulated\x18\x04 \x01(\x08\x12\'\n\x08pressure\x18\x05 \x01(\x0b\x32\x15.storaged.v1.Pressure\x12+\n\nfilesystem\x18\x06 \x01(\x0b\x32\x17.storaged.v1.Filesystem\x12%\n\x07\x62\x61lloon\x18\x07 \x01(\x0b\x32\x14.storaged.v1.Balloon\x12\x1d\n\x03job\x18\x08 \x01(\x0b\x32\x10.storaged.v1.Job\x12#\n\x06\x62ounds\x18\t \x01(\x0b\x32\x13.storaged.v1.Bounds\x12\x39\n\x12\x64irty_limits_found\x18\n \x01(\x0b\x32\x18.storaged.v1.DirtyLimitsH\x00\x88\x01\x01\x12\x1d\n\x15reclaimed_bytes_total\x18\x0b \x01(\x04\x12\r\n\x05notes\x18\x0c \x03(\tB\x15\n\x13_dirty_limits_found*O\n\x05Level\x12\x11\n\rLEVEL_UNKNOWN\x10\x00\x12\x10\n\x0cLEVEL_NORMAL\x10\x01\x12\r\n\tLEVEL_LOW\x10\x02\x12\x12\n\x0eLEVEL_CRITICAL\x10\x03*b\n\x0c\x42\x61lloonState\x12\x10\n\x0c\x42\x41LLOON_IDLE\x10\x00\x12\x15\n\x11\x42\x41LLOON_INFLATING\x10\x01\x12\x15\n\x11\x42\x41LLOON_DEFLATING\x10\x02\x12\x12\n\x0e\x42\x41LLOON_FAILED\x10\x03*\x9f\x01\n\x08JobState\x12\x0c\n\x08JOB_NONE\x10\x00\x12\x1c\n\x18JOB_WAITING_FOR_CAPACITY\x10\x01\x12\x11\n\rJOB_PREPARING\x10\x02\x12\x0f\n\x0bJOB_RUNNING\x10\x03\x12\x12\n\x0eJOB_CANCELLING\x10\x04\x12\x0c\n\x08JOB_DONE\x10\x05\x12\x0e\n\nJOB_FAILED\x10\x06\x12\x11\n\rJOB_CANCELLED\x10\x07*I\n\tDirection\x12\x12\n\x0e\x44IRECTION_NONE\x10\x00\x12\x12\n\x0e\x44IRECTION_GROW\x10\x01\x12\x14\n\x10\x44IRECTION_SHRINK\x10\x02\x32\xda\x02\n\x07Storage\x12\x39\n\x05Watch\x12\x19.storaged.v1.WatchRequest\x1a\x13.storaged.v1.Report0\x01\x12\x41\n\x06Resize\x12\x1a.storaged.v1.ResizeRequest\x1a\x1b.storaged.v1.ResizeResponse\x12S\n\x0c\x43\x61ncelResize\x12 .storaged.v1.CancelResizeRequest\x1a!.storaged.v1.CancelResizeResponse\x12;\n\x04Trim\x12\x18.storaged.v1.TrimRequest\x1a\x19.storaged.v1.TrimResponse\x12?\n\tGetReport\x12\x1d.storaged.v1.GetReportRequest\x1a\x13.storaged.v1.Reportb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$storaged/rpc/proto/storaged_v1.proto\x12\x0bstoraged.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"&\n\x0cWatchRequest\x12\x16\n\x0emin_interval_s\x18\x01 \x01(\x01\"\x12\n\x10GetReportRequest\"J\n\rResizeRequest\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x13\n\x0b\x62\x65st_effort\x18\x02 \x01(\x08\x12\x10\n\x08retarget\x18\x03 \x01(\x08\"/\n\x0eResizeResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.storaged.v1.Job\"\x10\n\x0e\x41skRoomRequest\"R\n\tRoomAsked\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x02 \x01(\x04\x12\x18\n\x10\x66\x61ll_bytes_per_s\x18\x03 \x01(\x01\"\x15\n\x13\x43\x61ncelResizeRequest\"5\n\x14\x43\x61ncelResizeResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.storaged.v1.Job\"+\n\x0bTrimRequest\x12\x1c\n\x14reclaim_empty_chunks\x18\x01 \x01(\x08\"%\n\x0cTrimResponse\x12\x15\n\rtrimmed_bytes\x18\x01 \x01(\x04\"\xeb\x01\n\x08Pressure\x12!\n\x05level\x18\x01 \x01(\x0e\x32\x12.storaged.v1.Level\x12\x1c\n\x0fhost_free_bytes\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12/\n\x0breported_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\rpending_level\x18\x04 \x01(\x0e\x32\x12.storaged.v1.LevelH\x01\x88\x01\x01\x12\x17\n\x0fignored_reports\x18\x05 \x01(\x04\x42\x12\n\x10_host_free_bytesB\x10\n\x0e_pending_level\"\x9e\x03\n\nFilesystem\x12\x12\n\nmountpoint\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x04 \x01(\x04\x12\x17\n\x0f\x61vailable_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x64\x61ta_total_bytes\x18\x06 \x01(\x04\x12\x17\n\x0f\x64\x61ta_used_bytes\x18\x07 \x01(\x04\x12\x1c\n\x14metadata_total_bytes\x18\x08 \x01(\x04\x12\x1b\n\x13metadata_used_bytes\x18\t \x01(\x04\x12\x1c\n\x14global_reserve_bytes\x18\n \x01(\x04\x12\x19\n\x11unallocated_bytes\x18\x0b \x01(\x04\x12\x1f\n\x17metadata_headroom_bytes\x18\x0c \x01(\x04\x12\x18\n\x10\x64\x61ta_chunk_bytes\x18\r \x01(\x04\x12\x1b\n\x13\x65xclusive_operation\x18\x0e \x01(\t\x12\x11\n\tread_only\x18\x0f \x01(\x08\x12\x19\n\x11\x64iscard_supported\x18\x10 \x01(\x08\"\xa2\x02\n\x07\x42\x61lloon\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.storaged.v1.BalloonState\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0ctarget_bytes\x18\x03 \x01(\x04\x12\x18\n\x0blimit_bytes\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x66\x61ilure_reason\x18\x05 \x01(\t\x12\x17\n\nretry_in_s\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x14inflated_bytes_total\x18\x07 \x01(\x04\x12\x1c\n\x14\x64\x65\x66lated_bytes_total\x18\x08 \x01(\x04\x12\x1d\n\x15metadata_relief_bytes\x18\t \x01(\x04\x42\x0e\n\x0c_limit_bytesB\r\n\x0b_retry_in_s\"\xbd\x03\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.storaged.v1.JobState\x12)\n\tdirection\x18\x03 \x01(\x0e\x32\x16.storaged.v1.Direction\x12\x12\n\nstart_size\x18\x04 \x01(\x04\x12\x16\n\x0erequested_size\x18\x05 \x01(\x04\x12\x14\n\x0c\x63urrent_size\x18\x06 \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x07 \x01(\x04\x12\x1b\n\x13total_to_move_bytes\x18\x08 \x01(\x04\x12\x10\n\x08progress\x18\t \x01(\x01\x12\x1d\n\x10rate_bytes_per_s\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x65ta_s\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12.\n\nstarted_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x13\n\x0b\x62\x65st_effort\x18\x0f \x01(\x08\x42\x13\n\x11_rate_bytes_per_sB\x08\n\x06_eta_s\"D\n\x06\x42ounds\x12\x14\n\x0cminimum_size\x18\x01 \x01(\x04\x12\x17\n\x0fguaranteed_size\x18\x02 \x01(\x04\x12\x0b\n\x03why\x18\x03 \x01(\t\"w\n\x0b\x44irtyLimits\x12\x13\n\x0b\x64irty_bytes\x18\x01 \x01(\x04\x12\x1e\n\x16\x64irty_background_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x64irty_ratio\x18\x03 \x01(\x04\x12\x1e\n\x16\x64irty_background_ratio\x18\x04 \x01(\x04\"\xa9\x03\n\x06Report\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x11\n\tsimulated\x18\x04 \x01(\x08\x12\'\n\x08pressure\x18\x05 \x01(\x0b\x32\x15.storaged.v1.Pressure\x12+\n\nfilesystem\x18\x06 \x01(\x0b\x32\x17.storaged.v1.Filesystem\x12%\n\x07\x62\x61lloon\x18\x07 \x01(\x0b\x32\x14.storaged.v1.Balloon\x12\x1d\n\x03job\x18\x08 \x01(\x0b\x32\x10.storaged.v1.Job\x12#\n\x06\x62ounds\x18\t \x01(\x0b\x32\x13.storaged.v1.Bounds\x12\x39\n\x12\x64irty_limits_found\x18\n \x01(\x0b\x32\x18.storaged.v1.DirtyLimitsH\x00\x88\x01\x01\x12\x1d\n\x15reclaimed_bytes_total\x18\x0b \x01(\x04\x12\r\n\x05notes\x18\x0c \x03(\tB\x15\n\x13_dirty_limits_found*O\n\x05Level\x12\x11\n\rLEVEL_UNKNOWN\x10\x00\x12\x10\n\x0cLEVEL_NORMAL\x10\x01\x12\r\n\tLEVEL_LOW\x10\x02\x12\x12\n\x0eLEVEL_CRITICAL\x10\x03*b\n\x0c\x42\x61lloonState\x12\x10\n\x0c\x42\x41LLOON_IDLE\x10\x00\x12\x15\n\x11\x42\x41LLOON_INFLATING\x10\x01\x12\x15\n\x11\x42\x41LLOON_DEFLATING\x10\x02\x12\x12\n\x0e\x42\x41LLOON_FAILED\x10\x03*\x9f\x01\n\x08JobState\x12\x0c\n\x08JOB_NONE\x10\x00\x12\x1c\n\x18JOB_WAITING_FOR_CAPACITY\x10\x01\x12\x11\n\rJOB_PREPARING\x10\x02\x12\x0f\n\x0bJOB_RUNNING\x10\x03\x12\x12\n\x0eJOB_CANCELLING\x10\x04\x12\x0c\n\x08JOB_DONE\x10\x05\x12\x0e\n\nJOB_FAILED\x10\x06\x12\x11\n\rJOB_CANCELLED\x10\x07*I\n\tDirection\x12\x12\n\x0e\x44IRECTION_NONE\x10\x00\x12\x12\n\x0e\x44IRECTION_GROW\x10\x01\x12\x14\n\x10\x44IRECTION_SHRINK\x10\x02\x32\x9c\x03\n\x07Storage\x12\x39\n\x05Watch\x12\x19.storaged.v1.WatchRequest\x1a\x13.storaged.v1.Report0\x01\x12\x41\n\x06Resize\x12\x1a.storaged.v1.ResizeRequest\x1a\x1b.storaged.v1.ResizeResponse\x12S\n\x0c\x43\x61ncelResize\x12 .storaged.v1.CancelResizeRequest\x1a!.storaged.v1.CancelResizeResponse\x12;\n\x04Trim\x12\x18.storaged.v1.TrimRequest\x1a\x19.storaged.v1.TrimResponse\x12@\n\x07\x41skRoom\x12\x1b.storaged.v1.AskRoomRequest\x1a\x16.storaged.v1.RoomAsked0\x01\x12?\n\tGetReport\x12\x1d.storaged.v1.GetReportRequest\x1a\x13.storaged.v1.Reportb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'storaged.rpc.proto.storaged_v1_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEVEL']._serialized_start=2448
-  _globals['_LEVEL']._serialized_end=2527
-  _globals['_BALLOONSTATE']._serialized_start=2529
-  _globals['_BALLOONSTATE']._serialized_end=2627
-  _globals['_JOBSTATE']._serialized_start=2630
-  _globals['_JOBSTATE']._serialized_end=2789
-  _globals['_DIRECTION']._serialized_start=2791
-  _globals['_DIRECTION']._serialized_end=2864
+  _globals['_LEVEL']._serialized_start=2550
+  _globals['_LEVEL']._serialized_end=2629
+  _globals['_BALLOONSTATE']._serialized_start=2631
+  _globals['_BALLOONSTATE']._serialized_end=2729
+  _globals['_JOBSTATE']._serialized_start=2732
+  _globals['_JOBSTATE']._serialized_end=2891
+  _globals['_DIRECTION']._serialized_start=2893
+  _globals['_DIRECTION']._serialized_end=2966
   _globals['_WATCHREQUEST']._serialized_start=86
   _globals['_WATCHREQUEST']._serialized_end=124
   _globals['_GETREPORTREQUEST']._serialized_start=126
@@ -48,28 +48,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESIZEREQUEST']._serialized_end=220
   _globals['_RESIZERESPONSE']._serialized_start=222
   _globals['_RESIZERESPONSE']._serialized_end=269
-  _globals['_CANCELRESIZEREQUEST']._serialized_start=271
-  _globals['_CANCELRESIZEREQUEST']._serialized_end=292
-  _globals['_CANCELRESIZERESPONSE']._serialized_start=294
-  _globals['_CANCELRESIZERESPONSE']._serialized_end=347
-  _globals['_TRIMREQUEST']._serialized_start=349
-  _globals['_TRIMREQUEST']._serialized_end=392
-  _globals['_TRIMRESPONSE']._serialized_start=394
-  _globals['_TRIMRESPONSE']._serialized_end=431
-  _globals['_PRESSURE']._serialized_start=434
-  _globals['_PRESSURE']._serialized_end=669
-  _globals['_FILESYSTEM']._serialized_start=672
-  _globals['_FILESYSTEM']._serialized_end=1086
-  _globals['_BALLOON']._serialized_start=1089
-  _globals['_BALLOON']._serialized_end=1379
-  _globals['_JOB']._serialized_start=1382
-  _globals['_JOB']._serialized_end=1827
-  _globals['_BOUNDS']._serialized_start=1829
-  _globals['_BOUNDS']._serialized_end=1897
-  _globals['_DIRTYLIMITS']._serialized_start=1899
-  _globals['_DIRTYLIMITS']._serialized_end=2018
-  _globals['_REPORT']._serialized_start=2021
-  _globals['_REPORT']._serialized_end=2446
-  _globals['_STORAGE']._serialized_start=2867
-  _globals['_STORAGE']._serialized_end=3213
+  _globals['_ASKROOMREQUEST']._serialized_start=271
+  _globals['_ASKROOMREQUEST']._serialized_end=287
+  _globals['_ROOMASKED']._serialized_start=289
+  _globals['_ROOMASKED']._serialized_end=371
+  _globals['_CANCELRESIZEREQUEST']._serialized_start=373
+  _globals['_CANCELRESIZEREQUEST']._serialized_end=394
+  _globals['_CANCELRESIZERESPONSE']._serialized_start=396
+  _globals['_CANCELRESIZERESPONSE']._serialized_end=449
+  _globals['_TRIMREQUEST']._serialized_start=451
+  _globals['_TRIMREQUEST']._serialized_end=494
+  _globals['_TRIMRESPONSE']._serialized_start=496
+  _globals['_TRIMRESPONSE']._serialized_end=533
+  _globals['_PRESSURE']._serialized_start=536
+  _globals['_PRESSURE']._serialized_end=771
+  _globals['_FILESYSTEM']._serialized_start=774
+  _globals['_FILESYSTEM']._serialized_end=1188
+  _globals['_BALLOON']._serialized_start=1191
+  _globals['_BALLOON']._serialized_end=1481
+  _globals['_JOB']._serialized_start=1484
+  _globals['_JOB']._serialized_end=1929
+  _globals['_BOUNDS']._serialized_start=1931
+  _globals['_BOUNDS']._serialized_end=1999
+  _globals['_DIRTYLIMITS']._serialized_start=2001
+  _globals['_DIRTYLIMITS']._serialized_end=2120
+  _globals['_REPORT']._serialized_start=2123
+  _globals['_REPORT']._serialized_end=2548
+  _globals['_STORAGE']._serialized_start=2969
+  _globals['_STORAGE']._serialized_end=3381
 # @@protoc_insertion_point(module_scope)

@@ -198,6 +198,50 @@ class ResizeResponse(_message.Message):
 Global___ResizeResponse: _TypeAlias = ResizeResponse  # noqa: Y015
 
 @_typing.final
+class AskRoomRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AskRoomRequest: _TypeAlias = AskRoomRequest  # noqa: Y015
+
+@_typing.final
+class RoomAsked(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    FALL_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
+    """How much more than now applications should be able to write; never more
+    than the balloon holds.
+    """
+    available_bytes: _builtins.int
+    """What they can write now, and how fast that falls."""
+    fall_bytes_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        size_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int = ...,
+        fall_bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "fall_bytes_per_s", b"fall_bytes_per_s", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoomAsked: _TypeAlias = RoomAsked  # noqa: Y015
+
+@_typing.final
 class CancelResizeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

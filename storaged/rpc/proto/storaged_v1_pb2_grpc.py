@@ -54,6 +54,11 @@ class StorageStub:
                 request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.TrimRequest.SerializeToString,
                 response_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.TrimResponse.FromString,
                 _registered_method=True)
+        self.AskRoom = channel.unary_stream(
+                '/storaged.v1.Storage/AskRoom',
+                request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.AskRoomRequest.SerializeToString,
+                response_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.RoomAsked.FromString,
+                _registered_method=True)
         self.GetReport = channel.unary_unary(
                 '/storaged.v1.Storage/GetReport',
                 request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.GetReportRequest.SerializeToString,
@@ -98,6 +103,16 @@ class StorageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AskRoom(self, request, context):
+        """The guest's pleas: one RoomAsked whenever applications write so fast that
+        they will soon have spent what the balloon leaves them, at most one every
+        two seconds. A host may give more, or not. None while there is no balloon.
+        Ends only when either side ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetReport(self, request, context):
         """Every number the daemon believes, and why.
         """
@@ -127,6 +142,11 @@ def add_StorageServicer_to_server(servicer, server):
                     servicer.Trim,
                     request_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.TrimRequest.FromString,
                     response_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.TrimResponse.SerializeToString,
+            ),
+            'AskRoom': grpc.unary_stream_rpc_method_handler(
+                    servicer.AskRoom,
+                    request_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.AskRoomRequest.FromString,
+                    response_serializer=storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.RoomAsked.SerializeToString,
             ),
             'GetReport': grpc.unary_unary_rpc_method_handler(
                     servicer.GetReport,
@@ -242,6 +262,33 @@ class Storage:
             '/storaged.v1.Storage/Trim',
             storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.TrimRequest.SerializeToString,
             storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.TrimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AskRoom(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/storaged.v1.Storage/AskRoom',
+            storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.AskRoomRequest.SerializeToString,
+            storaged_dot_rpc_dot_proto_dot_storaged__v1__pb2.RoomAsked.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,12 @@ class StorageStub:
     """Hands unused blocks back to the host (FITRIM). UNIMPLEMENTED on a device
     that cannot discard, ABORTED when the kernel gave up half-way.
     """
+    AskRoom: _grpc.UnaryStreamMultiCallable[_storaged_v1_pb2.AskRoomRequest, _storaged_v1_pb2.RoomAsked]
+    """The guest's pleas: one RoomAsked whenever applications write so fast that
+    they will soon have spent what the balloon leaves them, at most one every
+    two seconds. A host may give more, or not. None while there is no balloon.
+    Ends only when either side ends it.
+    """
     GetReport: _grpc.UnaryUnaryMultiCallable[_storaged_v1_pb2.GetReportRequest, _storaged_v1_pb2.Report]
     """Every number the daemon believes, and why."""
 
@@ -77,6 +83,12 @@ class StorageAsyncStub(StorageStub):
     Trim: _aio.UnaryUnaryMultiCallable[_storaged_v1_pb2.TrimRequest, _storaged_v1_pb2.TrimResponse]  # type: ignore[assignment]
     """Hands unused blocks back to the host (FITRIM). UNIMPLEMENTED on a device
     that cannot discard, ABORTED when the kernel gave up half-way.
+    """
+    AskRoom: _aio.UnaryStreamMultiCallable[_storaged_v1_pb2.AskRoomRequest, _storaged_v1_pb2.RoomAsked]  # type: ignore[assignment]
+    """The guest's pleas: one RoomAsked whenever applications write so fast that
+    they will soon have spent what the balloon leaves them, at most one every
+    two seconds. A host may give more, or not. None while there is no balloon.
+    Ends only when either side ends it.
     """
     GetReport: _aio.UnaryUnaryMultiCallable[_storaged_v1_pb2.GetReportRequest, _storaged_v1_pb2.Report]  # type: ignore[assignment]
     """Every number the daemon believes, and why."""
@@ -122,6 +134,18 @@ class StorageServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_storaged_v1_pb2.TrimResponse, _abc.Awaitable[_storaged_v1_pb2.TrimResponse]]:
         """Hands unused blocks back to the host (FITRIM). UNIMPLEMENTED on a device
         that cannot discard, ABORTED when the kernel gave up half-way.
+        """
+
+    @_abc_1.abstractmethod
+    def AskRoom(
+        self,
+        request: _storaged_v1_pb2.AskRoomRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_storaged_v1_pb2.RoomAsked], _abc.AsyncIterator[_storaged_v1_pb2.RoomAsked]]:
+        """The guest's pleas: one RoomAsked whenever applications write so fast that
+        they will soon have spent what the balloon leaves them, at most one every
+        two seconds. A host may give more, or not. None while there is no balloon.
+        Ends only when either side ends it.
         """
 
     @_abc_1.abstractmethod
