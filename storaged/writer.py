@@ -1,0 +1,358 @@
+"""The one writer: a task that owns the storage state, steps the core and runs its effects.
+
+Every event comes through one queue. Reads take the last published state and wait for nobody. Effects that block
+run in threads: one for the balloon, one for the resize, one for the rest; what they find comes back as events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from storaged.balloon.engine import BalloonEngine
+from storaged.balloon.target import calm, comfortable_headroom, tight
+from storaged.core import events as ev
+from storaged.core import machine
+from storaged.core.model import Config, DirtyLimits, Space
+from storaged.core.ports import World
+from storaged.core.record import to_record
+from storaged.errors import FilesystemError, StoragedError
+from storaged.resize.bounds import Bounds
+from storaged.resize.job import Job
+from storaged.resize.runner import ResizeRunner
+
+log = logging.getLogger(__name__)
+
+ANSWER_WITHIN_S = 15.0
+"""A host gives 20 s: an answer must go out in time whatever the disk does."""
+MOST_NOTES = 64
+_RECLAIM = True
+_THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "bounds", "state")
+"""What may wait for what: the journal and the limits never wait for a trim, nor a read for either, nor that for
+bounds, which wait for a balloon or a shrink at work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What readers see: the core's state, and the last space that was read."""
+
+    sequence: int
+    state: machine.State
+    space: Space
+    bounds: Bounds | None
+    notes: tuple[str, ...]
+    balloon_target: int
+    inflated_total: int
+    deflated_total: int
+    moved_total: int
+    wall: float
+
+
+@dataclass(slots=True)
+class _Waiting:
+    reports: list[asyncio.Future[str]] = field(default_factory=list)
+    job_ends: dict[str, asyncio.Future[Job]] = field(default_factory=dict)
+
+
+Observer = Callable[[ev.Event, machine.State], None]
+
+
+class Writer:
+    """The state of one filesystem's storage and its only writer. `runtime.StorageService` is what others use."""
+
+    def __init__(self, world: World, config: Config | None = None) -> None:
+        self._world = world
+        self._state = machine.State(config or Config())
+        self._engine = BalloonEngine(world.filesystem, world.balloon)
+        self._runner = ResizeRunner(world.filesystem, world.resizer, self._engine, world.clock, poll_s=world.poll_s)
+        self._queue: asyncio.Queue[tuple[ev.Event, asyncio.Future[Any] | None]] = asyncio.Queue()
+        self._waiting = _Waiting()
+        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in _THREADS}
+        self._notes: deque[str] = deque(maxlen=MOST_NOTES)
+        self._observers: list[Observer] = []
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Future[Any]] = set()
+        self._writer: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._holding = False
+        self._hold_next: list[int | None] = []
+        self._trimming = False
+        self._closing = self._stopped = False
+        self._halted = ""
+        self._moved_total = 0
+        self._bounds: Bounds | None = None
+        self._bounds_for: Space | None = None
+        self._snapshot: Snapshot | None = None
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The last published state; costs nothing."""
+        assert self._snapshot is not None, "start() comes first"
+        return self._snapshot
+
+    @property
+    def world(self) -> World:
+        """The ports in use."""
+        return self._world
+
+    def observe(self, observer: Observer) -> None:
+        """Call `observer(event, state)` after every step, on the event loop."""
+        self._observers.append(observer)
+
+    # --- the task
+
+    async def _run(self) -> None:
+        while not self._stopped:
+            event, waiter = await self._next()
+            try:
+                await self._process(event, waiter)
+            except Exception as error:
+                # One broken event must not end the daemon; whoever waits is told.
+                log.exception("handling %s failed", type(event).__name__)
+                if waiter is not None and not waiter.done():
+                    waiter.set_exception(StoragedError(f"internal error: {error!r}"))
+
+    async def _next(self) -> tuple[ev.Event, asyncio.Future[Any] | None]:
+        """The next event: what waits in the queue, else a Tick or a look at the device when one is due."""
+        clock = self._world.clock
+        if self._queue.empty():
+            wake = machine.next_wakeup(self._state)
+            timeout = None if wake is None else max(wake - clock.monotonic(), 0.001)
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._queue.get(), timeout)
+        else:
+            return self._queue.get_nowait()
+        now, wall = clock.monotonic(), clock.wall()
+        poll_at = self._state.poll_at
+        if poll_at is not None and now >= poll_at:
+            return ev.CapacityChanged(self._world.filesystem.device_size(), now, wall), None
+        return ev.Tick(now, wall), None
+
+    async def _process(self, event: ev.Event, waiter: asyncio.Future[Any] | None) -> None:
+        before = self._state
+        self._state, effects = machine.step(before, event)
+        if isinstance(event, ev.HostReported) and waiter is not None:
+            self._waiting.reports.append(waiter)
+        self._publish()  # first: whoever is answered by an effect must already see what the answer says
+        for effect in effects:
+            try:
+                await self._perform(effect, waiter)
+            except (StoragedError, OSError) as error:
+                self._note(f"{type(effect).__name__} failed: {error}", warning=True)
+        if waiter is not None and not waiter.done() and not isinstance(event, ev.HostReported):
+            waiter.set_result(None)
+        job = self._state.job
+        if job is not None and not job.active:
+            if before.active_job is not None:
+                self._moved_total += job.moved
+                self._bounds = None
+            if (ended := self._waiting.job_ends.pop(job.id, None)) is not None and not ended.done():
+                ended.set_result(job)
+        self._publish()
+        for observer in self._observers:
+            observer(event, self._state)
+
+    def _job_end(self, job_id: str) -> asyncio.Future[Job]:
+        """Done when the job has ended. Whoever waits is shielded from others who give up."""
+        return self._waiting.job_ends.setdefault(job_id, asyncio.get_running_loop().create_future())
+
+    async def _perform(  # noqa: C901, PLR0912  # one arm an effect: a table with code in it
+        self, effect: ev.Effect, waiter: asyncio.Future[Any] | None
+    ) -> None:
+        world = self._world
+        match effect:
+            case ev.HoldAvailable(limit):
+                self._hold(limit)
+            case ev.GuardMetadata(spent):
+                self._look_at_metadata(spent)
+            case ev.Trim():
+                if not self._trimming:
+                    self._trimming = True
+                    self._spawn(self._trim_in_background())
+            case ev.SetDirtyLimits(dirty_bytes):
+                found = await self._in("state", world.sysctl.dirty_limits)
+                await self._process(ev.DirtyLimitsFound(found), None)
+                lowered = DirtyLimits(dirty_bytes, dirty_bytes // 2, 0, 0)
+                await self._in("state", world.sysctl.set_dirty_limits, lowered)
+            case ev.RestoreDirtyLimits(limits):
+                await self._in("state", world.sysctl.set_dirty_limits, limits)
+                await self._process(ev.DirtyLimitsRestored(), None)
+            case ev.StartResize(job):
+                self._spawn(self._in("resize", self._runner.run, job, self._tell, self._settle_after_job))
+            case ev.CancelResize(job_id):
+                self._spawn(self._in("cancel", self._runner.cancel, job_id))
+            case ev.Sync():
+                self._spawn(self._in("upkeep", world.filesystem.sync))
+            case ev.Save():
+                await self._in("state", world.journal.save, to_record(self._state))
+            case ev.Note(text, warning):
+                self._note(text, warning=warning)
+            case ev.AnswerReport(reason):
+                for waiting in self._waiting.reports:
+                    if not waiting.done():
+                        waiting.set_result(reason)
+                self._waiting.reports.clear()
+            case ev.IgnoreReport():
+                if waiter is not None:
+                    self._waiting.reports.remove(waiter)
+                    if not waiter.done():
+                        waiter.set_result("")
+            case ev.AnswerCancel(job_id):
+                if waiter is not None and not waiter.done():
+                    # Made here, so that no end can pass between the answer and the wait for it.
+                    waiter.set_result(None if job_id is None else self._job_end(job_id))
+            case ev.AcceptResize() | ev.RefuseResize():
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(effect)
+
+    # --- effects that block -----------------------------------------------------------------------------------------
+
+    def _hold(self, limit: int | None) -> None:
+        """One at a time; of those that wait only the newest counts."""
+        if self._holding:
+            self._hold_next = [limit]
+            return
+        self._holding = True
+        self._spawn(self._hold_until_done(limit))
+
+    async def _hold_until_done(self, limit: int | None) -> None:
+        clock = self._world.clock
+        while True:
+            event: ev.Event
+            try:
+                held = await self._in("balloon", self._engine.hold, limit)
+                self._publish(held.space)
+                event = ev.BalloonSettled(limit, held.size, clock.monotonic(), tight(held.space), held.again)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the balloon is tried again
+                event = ev.BalloonFailed(limit, await self._balloon_size(), str(error), clock.monotonic())
+            self._post(event)
+            if not self._hold_next:
+                self._holding = False
+                return
+            limit = self._hold_next.pop()
+
+    async def _balloon_size(self) -> int:
+        try:
+            return int(await self._in("balloon", self._engine.size))
+        except (StoragedError, OSError):
+            return self._state.balloon.size
+
+    def _look_at_metadata(self, spent: int) -> None:
+        """A glance that costs next to nothing; the balloon's thread is asked only when there is something to do."""
+        space = self.snapshot.space
+        headroom = self._world.filesystem.metadata_headroom()
+        if headroom < comfortable_headroom(space) and not space.mixed:
+            self._spawn(self._guard(spent))
+            return
+        now, size = self._world.clock.monotonic(), self._state.balloon.size
+        self._post(ev.BalloonGuarded(size, 0, now, tight(space, headroom), calm(space, headroom)))
+
+    async def _guard(self, spent: int) -> None:
+        given, tight = 0, False
+        try:
+            given, tight = await self._in("balloon", self._engine.guard, self._state.config.reserve, spent)
+        except Exception as error:  # noqa: BLE001  # whatever it is, metadata is looked at again
+            self._note(f"could not look after metadata: {error}", warning=True)
+        size = await self._balloon_size()
+        self._post(ev.BalloonGuarded(size, given, self._world.clock.monotonic(), tight))
+
+    async def _trim_in_background(self) -> None:
+        try:
+            if not await self._in("read", self._world.filesystem.discard_supported):
+                return  # said once, at the start
+            event = ev.Trimmed(await self._in("upkeep", self._do_trim, _RECLAIM))
+            self._publish(await self._in("read", self._world.filesystem.space))
+        except (StoragedError, OSError) as error:
+            event = ev.Trimmed(0, str(error))
+        finally:
+            self._trimming = False
+        self._post(event)
+
+    def _do_trim(self, reclaim: bool) -> int:
+        fs = self._world.filesystem
+        if reclaim and self._state.active_job is None:
+            try:
+                fs.reclaim_empty_chunks()
+            except FilesystemError as error:
+                log.info("empty chunks stay: %s", error)  # busy, or no room to work in; trimming still helps
+        fs.sync()  # what was deleted since the last commit is not free yet
+        return fs.trim()
+
+    def _settle_after_job(self) -> None:
+        """From the resize thread: the balloon is right again, and known to be, before the job is said to be over."""
+        limit = self._state.balloon.limit
+        try:
+            if limit is not None or self._engine.size():
+                held = self._engine.hold(limit)
+                now = self._world.clock.monotonic()
+                self._tell(ev.BalloonSettled(limit, held.size, now, tight(held.space), held.again))
+        except (StoragedError, OSError) as error:
+            log.info("the balloon comes back later: %s", error)  # the job's end makes the core try again
+
+    # --- plumbing
+
+    def _tell(self, event: ev.Event) -> None:
+        """From the resize thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._post, event)
+
+    def _post(self, event: ev.Event) -> None:
+        self._queue.put_nowait((event, None))
+
+    def _ask(self, event: ev.Event) -> asyncio.Future[Any]:
+        """Post `event`; the future has its answer, or None once it was handled and the core has none."""
+        waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((event, waiter))
+        return waiter
+
+    def _in(self, thread: str, call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._threads[thread], call, *arguments)
+
+    def _spawn(self, awaitable: Any) -> None:
+        task = asyncio.ensure_future(awaitable)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._note(f"background work failed: {error}", warning=True)
+
+    async def _settle_tasks(self) -> None:
+        """Wait until effects and the events they raised are through, or the disk has not answered for too long."""
+        clock = self._world.clock
+        until = clock.monotonic() + ANSWER_WITHIN_S
+        while (self._tasks or not self._queue.empty()) and clock.monotonic() < until:
+            if self._tasks:
+                await asyncio.wait(set(self._tasks), timeout=1)
+            await asyncio.sleep(0)
+
+    def _note(self, text: str, *, warning: bool = False) -> None:
+        self._notes.append(text)
+        log.log(logging.WARNING if warning else logging.INFO, "%s", text)
+
+    def _publish(self, space: Space | None = None) -> None:
+        last = self._snapshot
+        if space is None:
+            assert last is not None
+            space = last.space
+        self._snapshot = Snapshot(
+            sequence=last.sequence + 1 if last else 1,
+            state=self._state,
+            space=space,
+            bounds=self._bounds,
+            notes=tuple(self._notes),
+            balloon_target=self._engine.target,
+            inflated_total=self._engine.inflated_total,
+            deflated_total=self._engine.deflated_total,
+            moved_total=self._moved_total,
+            wall=self._world.clock.wall(),
+        )
+        self._changed.set()
+        self._changed = asyncio.Event()
