@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from storaged.resize.fit import SYSTEM_CHUNK, certain_room, data_chunk, fit, metadata_short_of
+from storaged.resize.fit import SYSTEM_CHUNK, certain_room, data_chunk, fit, metadata_chunk, metadata_short_of
 from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, Longest, holes_at
 from storaged.units import MIB, SECTOR
 
@@ -84,8 +84,7 @@ def _promising(  # noqa: PLR0912, PLR0915  # one sweep with its sums in locals, 
     sums = list(accumulate((length for _, length in gaps), initial=0))
     biggest = list(accumulate((length for _, length in gaps), max, initial=0))
     metadata = [chunk for chunk in ordered if chunk.kind == "metadata"]
-    one = max(min(layout.metadata_chunk, layout.size // 10), MIB)
-    metadata_hole = max((len(chunk.stripes) for chunk in metadata), default=1) * one + 16 * MIB
+    copies = max((len(chunk.stripes) for chunk in metadata), default=1)
     rooms = sum(sum(chunk.rooms) + sum(chunk.balloon_rooms) for chunk in ordered if chunk.kind == "data")
     unallocated = layout.size - FIRST_USABLE - sum(len(chunk.stripes) * chunk.stripe_length for chunk in ordered)
     free = sum(chunk.length - chunk.used for chunk in metadata)
@@ -124,7 +123,8 @@ def _promising(  # noqa: PLR0912, PLR0915  # one sweep with its sums in locals, 
         claimable = sums[gap] - largest - empty
         wanted = system
         if anything and metadata_short_of(layout, used, free, moves=bool(moves)) > 0:
-            wanted = max(wanted, metadata_hole)
+            least = ordered[count].top if count < len(ordered) else KERNEL_MINIMUM
+            wanted = max(wanted, copies * metadata_chunk(layout, least) + 16 * MIB)
         if not wanted or (claimable >= MIB and biggest[gap] >= wanted):
             fresh = min(sums[gap], claimable + most_new) if claimable >= MIB else 0
             if not data or data - SECTOR < rooms + fresh:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from storaged.resize.fit import metadata_short_of
+from storaged.resize.fit import metadata_chunk, metadata_short_of
 from storaged.resize.layout import Chunk, Layout, holes
 from storaged.units import MIB
 
@@ -40,11 +40,14 @@ def next_chunk(layout: Layout, tried: Collection[int]) -> Chunk | None:
 
 
 def metadata_is_safe(layout: Layout) -> bool:
-    """True when the metadata chunks have room for the copies that moving data makes; never with mixed chunks."""
+    """True when metadata has room for the copies that moving data makes, or for another chunk; never when mixed."""
     if any(chunk.kind == "mixed" for chunk in layout.chunks):
         return False
-    free = sum(chunk.length - chunk.used for chunk in layout.chunks if chunk.kind == "metadata")
-    return metadata_short_of(layout, 0, free, moves=False) <= 0
+    metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata"]
+    if metadata_short_of(layout, 0, sum(c.length - c.used for c in metadata), moves=False) <= 0:
+        return True
+    another = metadata_chunk(layout, layout.size) * max((len(c.stripes) for c in metadata), default=1)
+    return max(holes(layout.chunks, layout.size), default=0) >= another + 16 * MIB
 
 
 def empty_chunks(layout: Layout) -> bool:

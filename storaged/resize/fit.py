@@ -28,6 +28,10 @@ from storaged.units import GIB, MIB, SECTOR, sector_ceil
 
 METADATA_MARGIN = 32 * MIB
 """Metadata room beyond what moves, for the copies the move itself makes."""
+CHUNK_STEP = 16 * MIB
+"""To which the kernel rounds a tenth of the filesystem up (fs/btrfs/volumes.c, as above)."""
+GAP_STEP = MIB
+"""How closely the size of a gap is looked for."""
 SYSTEM_CHUNK = 32 * MIB
 """The largest new system chunk (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
 
@@ -44,7 +48,11 @@ def fit(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], longe
         reason = f"{missing} bytes stay unallocated, or the last data chunk could not make way for another"
         size = sector_ceil(size + missing)
     if blocked := obstacle(layout, moving, staying, size, longest):
-        return layout.size, blocked
+        higher = _with_a_gap(layout, moving, staying, size, longest)
+        if higher is None:
+            return layout.size, blocked
+        reason = f"{higher - size} bytes stay unallocated, or what moves could not: {blocked}"
+        size = higher
     if missing := _metadata_short(layout, moving, staying, size):
         reason = f"{missing} bytes stay unallocated for metadata, which could not grow otherwise"
         size = sector_ceil(size + missing)
@@ -68,9 +76,8 @@ def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], 
         return f"{where} cannot move: it mixes data and metadata"
     room = sorted(holes((*moving, *staying), size), reverse=True)
     claimable = unclaimed(moving, room)
-    wanted = (
-        _wanted_holes(layout, moving, staying) if any(chunk.held or chunk.kind != "data" for chunk in moving) else []
-    )
+    works = any(chunk.held or chunk.kind != "data" for chunk in moving)
+    wanted = _wanted_holes(layout, moving, staying, size) if works else []
     for needed in wanted:
         if not room or room[0] < needed or claimable < MIB:
             return f"{where} cannot move: no hole of {needed} bytes for a new metadata or system chunk"
@@ -90,6 +97,26 @@ def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], 
     return ""
 
 
+def _with_a_gap(
+    layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int, longest: int
+) -> int | None:
+    """The smallest size found at which `moving` is certain to fit because there is a gap above what stays; None if not.
+
+    The gap ends where the lowest of `moving` begins: what that takes up is free only afterwards.
+    """
+    gap = max(moving[-1].stripes) // SECTOR * SECTOR - size if moving else 0
+    if gap < MIB or obstacle(layout, moving, staying, size + gap, longest):
+        return None
+    low, high = 0, gap
+    while high - low > GAP_STEP:
+        middle = (low + high) // 2 // SECTOR * SECTOR
+        if obstacle(layout, moving, staying, size + middle, longest):
+            low = middle
+        else:
+            high = middle
+    return size + high
+
+
 def _last_data(moving: Sequence[Chunk], staying: Sequence[Chunk]) -> Chunk | None:
     """The lowest data chunk of `moving` when no other stays.
 
@@ -105,7 +132,7 @@ def _last_data_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[
     last = _last_data(moving, staying)
     if last is None:
         return 0
-    room = unclaimed([last], holes((*moving, *staying), size)) - sum(_wanted_holes(layout, moving, staying))
+    room = unclaimed([last], holes((*moving, *staying), size)) - sum(_wanted_holes(layout, moving, staying, size))
     return max(MIB - room, 0)
 
 
@@ -181,8 +208,16 @@ def metadata_short_of(layout: Layout, used: int, free: int, *, moves: bool) -> i
     return used + layout.global_reserve + margin - free
 
 
-def _wanted_holes(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk]) -> list[int]:
-    """Holes that new metadata and system chunks may need while `moving` moves, in bytes of the device."""
+def metadata_chunk(layout: Layout, size: int) -> int:
+    """The length of a new metadata chunk once the filesystem has `size`: a tenth, rounded up, at most the usual.
+
+    The kernel reckons with the new size as soon as a shrink begins (fs/btrfs/volumes.c, btrfs_shrink_device).
+    """
+    return max(min(layout.metadata_chunk, -(-size // 10 // CHUNK_STEP) * CHUNK_STEP), MIB)
+
+
+def _wanted_holes(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int) -> list[int]:
+    """Holes that new metadata and system chunks may need while `moving` moves below `size`, in bytes of the device."""
     wanted = []
     metadata = [chunk for chunk in moving if chunk.kind == "metadata"]
     kept = [chunk for chunk in staying if chunk.kind == "metadata"]
@@ -190,7 +225,7 @@ def _wanted_holes(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chu
     short = metadata_short_of(layout, sum(chunk.used for chunk in metadata), free, moves=bool(metadata))
     if short > 0:
         copies = max((len(chunk.stripes) for chunk in (*metadata, *kept)), default=1)
-        one = max(min(layout.metadata_chunk, layout.size // 10), MIB)
+        one = metadata_chunk(layout, size)
         wanted += [copies * one + 16 * MIB] * -(-short // one)
     for chunk in moving:
         if chunk.kind == "system":
@@ -218,14 +253,26 @@ def next_step(layout: Layout, target: int, longest: Longest) -> Step:
     ordered = sorted(
         (c for c in layout.chunks if c.used or c.kind != "data"), key=lambda chunk: chunk.top, reverse=True
     )
-    chunk = ordered[0] if ordered and ordered[0].top > target else None
+    above = [chunk for chunk in ordered if chunk.top > target]
+    first: Step | None = None
+    for count in range(1, max(len(above), 1) + 1):
+        step = _step(layout, target, ordered, min(count, len(above)), longest)
+        if not step.blocked:
+            return step
+        # What is certain for all of them may not be for the first alone: new metadata chunks get smaller with the size.
+        first = first or step
+    assert first is not None
+    return first
+
+
+def _step(layout: Layout, target: int, ordered: Sequence[Chunk], count: int, longest: Longest) -> Step:
+    """The call that cuts away the topmost `count` chunks that hold anything, and what is empty around them."""
     size = target
-    if chunk is not None and len(ordered) > 1:
-        size = max(sector_ceil(ordered[1].top), target)
+    if len(ordered) > count:
+        size = max(sector_ceil(ordered[count].top), target)
     going = sorted((c for c in layout.chunks if c.top > size), key=lambda c: c.top, reverse=True)
     staying = [c for c in layout.chunks if c.top <= size]
-    reach = longest(chunk) if chunk is not None and chunk.kind == "data" and chunk.held else 0
+    reach = max((longest(chunk) for chunk in ordered[:count] if chunk.kind == "data" and chunk.held), default=0)
     blocked = obstacle(layout, going, staying, size, reach) if going else ""
-    if chunk is None:
-        return Step(size, (), 0, blocked)
-    return Step(size, (chunk,) if chunk.balloon else (), chunk.held, blocked)
+    vacate = tuple(chunk for chunk in ordered[:count] if chunk.balloon)
+    return Step(size, vacate, sum(chunk.held for chunk in ordered[:count]), blocked)

@@ -49,13 +49,19 @@ def test_the_balloon_alone_is_not_rewritten() -> None:
 
 
 def test_nothing_is_rewritten_when_metadata_is_short_or_mixed() -> None:
-    picture = layout(data(0, 40 * MIB), data(1, 40 * MIB))
+    picture = layout(*(data(number, 40 * MIB) for number in range(4)))
     assert next_chunk(picture, ()) is not None
     full = replace(METADATA, used=METADATA.length - MIB)
     mixed = replace(METADATA, kind="mixed")
     for other in (full, mixed):
         assert not metadata_is_safe(replace(picture, chunks=(other, *picture.chunks[1:])))
         assert next_chunk(replace(picture, chunks=(other, *picture.chunks[1:])), ()) is None
+
+
+def test_metadata_that_is_short_is_safe_where_another_chunk_of_it_has_room() -> None:
+    full = replace(METADATA, used=METADATA.length - MIB)
+    roomy = layout(data(0, 40 * MIB), data(1, 40 * MIB))
+    assert metadata_is_safe(replace(roomy, chunks=(full, *roomy.chunks[1:])))
 
 
 def test_empty_chunks_are_seen_only_beside_a_used_one() -> None:
