@@ -103,16 +103,19 @@ def fills_up(play: Play) -> None:
 
     before = play.b.daemon.available()
     writer = threading.Thread(target=write)
-    burst = threading.Thread(target=play.host.grow_file, args=("other-data", OTHERS, OTHERS_PACE))
+    burst = threading.Thread(target=play.host.grow_file, args=("other-data", OTHERS, OTHERS_PACE, done))
     begun = time.monotonic()
     writer.start()
     burst.start()
-    burst.join()
-    until = time.monotonic() + FILLS_S
-    while not (play.a.enospc and play.host.free() < 2 * RESERVE) and time.monotonic() < until:
-        time.sleep(0.1)
-    done.set()
-    writer.join()
+    try:
+        burst.join()
+        until = time.monotonic() + FILLS_S
+        while not (play.a.enospc and play.host.free() < 2 * RESERVE) and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        done.set()  # also when it is interrupted: nobody can unmount under a writer
+        writer.join()
+        burst.join()
     took = format_duration(time.monotonic() - begun)
     play.screen.say(
         f"{gib(len(play.a.files) * FILE)} of durable files were written in {took}, {gib(OTHERS)} by the host"

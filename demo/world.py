@@ -178,12 +178,14 @@ class Host:
             time.sleep(0.1)
         return False
 
-    def grow_file(self, name: str, size: int, pace: int) -> None:
-        """The host itself writes, `pace` bytes a second."""
+    def grow_file(self, name: str, size: int, pace: int, stop: threading.Event) -> None:
+        """The host itself writes, `pace` bytes a second, until `size` or `stop`."""
         block = os.urandom(8 * MIB)
         try:
             with (self.disk / name).open("wb") as file:
                 for _ in range(size // len(block)):
+                    if stop.is_set():
+                        return
                     begun = time.monotonic()
                     file.write(block)
                     file.flush()

@@ -278,8 +278,11 @@ class StorageService(Writer):
         """Bytes to ask the host for, with what they were reckoned from, whenever room runs out."""
         seen, clock = plea.Seen(), self._world.clock
         while not self._closing:
-            held = self.snapshot.state.balloon.size
-            if held:
+            state = self.snapshot.state
+            held = state.balloon.size if state.active_job is None else 0
+            if not held:
+                seen = plea.Seen(asked_at=seen.asked_at)  # what falls while a resize runs is not what anybody writes
+            else:
                 try:
                     available = await self.available()
                 except (StoragedError, TimeoutError):

@@ -130,7 +130,8 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         for controller in self._controllers:
             if name in {"", controller.pool.name}:
                 return controller
-        raise StoragedError(f"no pool is called {name!r}", Kind.NOT_FOUND)
+        known = ", ".join(controller.pool.name for controller in self._controllers)
+        raise StoragedError(f"no pool is called {name!r}; known: {known}", Kind.NOT_FOUND)
 
     def _of(self, guest: str) -> Controller:
         for controller in self._controllers:

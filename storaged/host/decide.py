@@ -59,8 +59,7 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
         if slack < 0:
             # Half of the reserve is there to shrink with.
             purse.left = max(purse.left + pool.reserve // 2, 0)
-        # A promise that does not hold is worth any call: below the band it would stay broken for ever.
-        _shrink(state, claims, division, purse, short, settings.least if slack < 0 else 0)
+        _shrink(state, claims, division, purse, short, settings.least - slack if slack < 0 else 0)
     if slack > 0 and purse.left > keep:
         _grow(state, [claim for claim in claims if not claim.urgent], division, purse, keep)
     return purse.sends
@@ -108,18 +107,26 @@ def _grow(state: State, claims: list[_Claim], division: Division, purse: _Purse,
     return unmet
 
 
-def _shrink(state: State, claims: list[_Claim], division: Division, purse: _Purse, short: int, any_call: int) -> None:
+def _shrink(state: State, claims: list[_Claim], division: Division, purse: _Purse, short: int, missing: int) -> None:
     """Get `short` bytes from those who hold most above their target; what can be paid for may be less than that.
 
-    `any_call`: bytes that are worth a call whatever the band says; 0 for the band.
+    `missing` of them were promised and are not there. For those even who is within the band is called, and gives that
+    much and no more: else a promise that is broken by a little would stay broken.
     """
     for claim in sorted(claims, key=lambda claim: claim.held - claim.target, reverse=True):
-        band = any_call or _band(claim.target, division, state)
-        if not claim.free_to_move or claim.held - claim.target < band:
+        over = claim.held - claim.target
+        if not claim.free_to_move or over <= 0:
             continue
-        size = sector_floor(min(claim.target, purse.left))
+        if over >= _band(claim.target, division, state):
+            size = claim.target
+        elif missing > 0:
+            size = max(claim.target, claim.held - missing)
+        else:
+            continue
+        size = sector_floor(min(size, purse.left))
         purse.send(claim, size)
         short -= claim.held - size
+        missing -= claim.held - size
         if short <= 0:
             return
 

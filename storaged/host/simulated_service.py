@@ -19,6 +19,7 @@ from storaged.addresses import UnixAddress
 from storaged.errors import StoragedError
 from storaged.host.console.settings import ConsoleSettings
 from storaged.host.simulated import POOL, NotKnown, SimulatedHost
+from storaged.host.sockets import clear
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_host_v1_pb2_grpc as rpc
 from storaged.rpc.status import CODES
@@ -72,6 +73,7 @@ async def _abort(context: Any, error: StoragedError) -> None:
 
 async def start(host: SimulatedHost, address: UnixAddress) -> grpc.aio.Server:
     """Serve it; the caller stops it."""
+    clear(address.path)
     server = grpc.aio.server()
     rpc.add_HostServicer_to_server(SimulatedService(host), server)
     mask = os.umask(0o177)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,3 +102,24 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, text: str, code: int, sa
     assert done.returncode == code
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_simulated_host_takes_no_socket_from_another(tmp_path: Path) -> None:
+    path = tmp_path / "host.sock"
+    with socket.socket(socket.AF_UNIX) as owner:
+        owner.bind(str(path))
+        owner.listen()
+        command = [
+            *COMMAND[:-1],
+            "--sim",
+            "2",
+            "--control",
+            f"unix:{path}",
+            "--console",
+            f"unix:{tmp_path}/console.sock",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        assert done.returncode == 1
+        assert "served by another process" in done.stderr
+        owner.setblocking(False)
+        owner.accept()[0].close()  # it only looked

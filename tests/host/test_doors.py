@@ -90,6 +90,7 @@ async def machine(directory: Path) -> AsyncIterator[tuple[Monitor, Agent]]:
     finally:
         await monitor.stop()
         await server.stop(0)
+        await asyncio.sleep(0.05)  # transports close in the loop's next rounds
 
 
 async def _ready(target: str) -> None:
@@ -122,12 +123,13 @@ async def test_a_monitor_that_does_not_put_through_is_certain_not_to_have(
 
 
 async def test_a_monitor_that_hangs_delays_nobody_longer_than_the_deadline(tmp_path: Path) -> None:
-    server = await asyncio.start_unix_server(lambda *_: None, tmp_path / "vm.vsock")
-    client = GuestClient("g", HybridAddress(str(tmp_path / "vm.vsock"), 8888))
-    with pytest.raises(NotTold):
-        await asyncio.wait_for(client.set_available(MIB, Level.LOW, 0.3), 3)
-    await asyncio.wait_for(client.close(), 3)
-    server.close()
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.bind(str(tmp_path / "vm.vsock"))
+        monitor.listen()  # and never answers
+        client = GuestClient("g", HybridAddress(str(tmp_path / "vm.vsock"), 8888))
+        with pytest.raises(NotTold):
+            await asyncio.wait_for(client.set_available(MIB, Level.LOW, 0.3), 3)
+        await asyncio.wait_for(client.close(), 3)
 
 
 async def test_a_guest_on_vsock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +152,7 @@ async def test_a_guest_on_vsock_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(dialled) == {VsockAddress(7, 8888)}
     await client.close()
     await server.stop(0)
+    await asyncio.sleep(0.05)  # transports close in the loop's next rounds
 
 
 @needs_vsock
@@ -189,6 +192,7 @@ async def test_whoever_comes_over_vsock_is_known_by_its_context_id(tmp_path: Pat
         assert doors.relay.dropped["cid"] == 5
     finally:
         await listener.stop()
+        await asyncio.sleep(0.05)
 
 
 @needs_vsock

@@ -52,10 +52,17 @@ def test_a_guest_that_writes_all_it_can_leaves_the_reserve_alone(pool: Path) -> 
                     if turn > 3 and wrote < 8 * MIB:
                         break
                     time.sleep(1)
-                run("sync", "-f", guests["a"].mountpoint)
-                assert FilesystemSource(str(pool)).free() >= RESERVE - 64 * MIB
+                free = FilesystemSource(str(pool)).free()
+                try:
+                    run("sync", "-f", guests["a"].mountpoint)
+                except RuntimeError as error:
+                    stats = run("btrfs", "device", "stats", guests["a"].mountpoint)
+                    pytest.fail(f"{error}; the host had {free // MIB} MiB; {stats}; {(pool / 'host.log').read_text()}")
+                left = FilesystemSource(str(pool)).free()
+                assert left >= RESERVE // 2, "half of it may go while guests are told"
                 assert written > GIB, "most of what there was could be had"
-                assert b.available() > 16 * MIB, "and not all of it by one"
+                allowed = a.available() + b.available()
+                assert allowed <= max(left - RESERVE, 0) + 16 * MIB, "and nothing of the reserve is anybody's"
             finally:
                 host.send_signal(signal.SIGTERM)
                 assert host.wait(10) == 0
