@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dashboards.build import BOARDS, TARGET  # noqa: E402  # the path comes first
+from tests.conftest import why_no_btrfs  # noqa: E402
 from tests.dashboards.grafana import Window, choices, fill  # noqa: E402
-from demo.run import why_not_real  # noqa: E402
 from tests.dashboards.live import Live, real, simulated, stage  # noqa: E402
 
 SOURCES = ROOT / "dashboards" / "preview"
@@ -65,7 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as cleanup:
         work = Path(directory) / "work"
         work.mkdir()
-        reason = why_not_real()
+        reason = why_no_btrfs()
         if reason:
             print(f"preview: simulated guests, because {reason}")
         scene = cleanup.enter_context(simulated(Path(directory)) if reason else real())

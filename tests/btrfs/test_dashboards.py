@@ -68,6 +68,6 @@ def test_what_the_host_says_is_what_its_disk_says(live: Live) -> None:
     free, reserve, promised = (
         found[f"storaged_host_pool_{part}_bytes", pool] for part in ("free", "reserve", "promised")
     )
-    assert reserve >= 512 * MIB
+    assert reserve >= 384 * MIB
     assert 0 < promised <= free - reserve
     assert all(found["storaged_host_guest_up", ("vm", member.name)] == 1 for member in live.scene.members)

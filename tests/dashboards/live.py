@@ -26,7 +26,7 @@ from tests.dashboards.grafana import Window
 IDLE_S = 7.0
 """Nothing happens at first: a healthy system that rests shows something everywhere, too."""
 RUN_S = 16.0
-BURST, BURST_S = 32 * MIB, 0.05
+BURST, BURST_S = 32 * MIB, 0.08
 FIRST_RATE_S = 5.0
 """The first seconds have no rate yet: nobody's dashboard begins with the first sample ever."""
 FULL = "critically full"
@@ -228,10 +228,11 @@ def real(extra: str = SETTINGS) -> Iterator[Scene]:
             daemon = cleanup.enter_context(Daemon(home, *options, stateful=guest.mountpoint))
             members.append(Member(name, daemon, metrics, guest.image, guest))
         sharing = """
-reserve_least = "512MiB"
+reserve_least = "384MiB"
+reserve_most = "512MiB"
 base = "256MiB"
 low = "1536MiB"
-critical = "640MiB"
+critical = "1280MiB"
 dwell_s = 1
 """
-        yield Scene(pool, members, sharing, (0, 2 * GIB, 0, 2816 * MIB), _resize_all)
+        yield Scene(pool, members, sharing, (0, 1792 * MIB, 0, 2304 * MIB), _resize_all)
