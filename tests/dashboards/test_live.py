@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,11 @@ def test_alerts_that_are_due_can_say_what_is_the_matter(live: Live) -> None:
     assert "c.d" in {alert["labels"]["vm"] for alert in due}
     said = [text for alert in due for text in alert["annotations"].values()]
     assert [text for text in said if "error expanding" in text or "<no value>" in text] == []
+    for alert in due:
+        with urllib.request.urlopen(alert["annotations"]["runbook_url"], timeout=10) as answer:
+            page = answer.read().decode()
+        assert f"<h1>{alert['labels']['alertname']}</h1>" in page
+        assert "<h2>Mitigation</h2>" in page
 
 
 @pytest.mark.parametrize("name", BOARDS)
