@@ -38,6 +38,13 @@ def test_no_panel_is_empty_while_nothing_happens(name: str, live: Live) -> None:
     assert faults(load(name), live.prometheus, live.idle, idle=True) == []
 
 
+def test_a_guest_has_no_more_than_a_hundred_series(live: Live) -> None:
+    own = 'count by (vm) ({job="storaged", __name__=~"(storaged|grpc)_.+"})'
+    found = {one["metric"]["vm"]: int(one["values"][0][1]) for one in live.prometheus.at(own, live.window.end)}
+    assert set(found) == {member.name for member in live.scene.members}
+    assert max(found.values()) <= 100, found
+
+
 def _differences(live: Live) -> dict[str, float]:
     """By how many bytes the host's metrics are off from what its disk and its guests say."""
     found = samples(get(live.metrics)[1])

@@ -15,7 +15,7 @@ import grpc
 
 from lab.controller import Controller, Entry
 from lab.daemon import Daemon
-from lab.loop import Guest, fill, run, workspace
+from lab.loop import Guest, fill, memory, run, workspace
 from lab.prometheus import Prometheus, Target
 from lab.simulated import free_port
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
@@ -208,7 +208,7 @@ dwell_s = 1
 @contextlib.contextmanager
 def real(extra: str = SETTINGS) -> Iterator[Scene]:
     """Two btrfs guests of 4 GiB each, whose images lie on an ext4 of 4 GiB with nothing else on it. Needs root."""
-    with workspace() as directory, contextlib.ExitStack() as cleanup:
+    with workspace(memory()) as directory, contextlib.ExitStack() as cleanup:
         image = directory / "pool.img"
         with image.open("wb") as file:
             file.truncate(4 * GIB)
