@@ -21,12 +21,13 @@ from lab.simulated import free_port
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_v1_pb2
 from storaged.units import GIB, MIB
+from tests.conftest import why_no_btrfs
 from tests.dashboards.grafana import Window
 
 IDLE_S = 7.0
 """Nothing happens at first: a healthy system that rests shows something everywhere, too."""
 RUN_S = 16.0
-BURST, BURST_S = 32 * MIB, 0.08
+BURST_S = 0.08
 FIRST_RATE_S = 5.0
 """The first seconds have no rate yet: nobody's dashboard begins with the first sample ever."""
 FULL = "critically full"
@@ -61,6 +62,7 @@ class Scene:
     sharing: str
     swings: tuple[int, ...]
     resize: Callable[[Controller, Member, int], None]
+    burst: int = 32 * MIB
     errors: list[BaseException] = field(default_factory=list)
 
     def other_writer(self, stop: threading.Event) -> None:
@@ -69,8 +71,8 @@ class Scene:
         with path.open("wb") as file:
             for wanted in itertools.cycle(self.swings):
                 while size < wanted and not stop.wait(BURST_S):
-                    os.posix_fallocate(file.fileno(), size, BURST)
-                    size += BURST
+                    os.posix_fallocate(file.fileno(), size, self.burst)
+                    size += self.burst
                 size = min(size, wanted)
                 file.truncate(size)
                 if stop.wait(1.5):
@@ -95,7 +97,8 @@ class Scene:
                 lambda: self.resize(host, first, max(first.daemon.minimum(), 3 * GIB)),
                 lambda: self.resize(host, first, 4 * GIB),
                 lambda: first.daemon.resize(1),
-                first.daemon.available,
+                *(member.daemon.available for member in self.members),
+                *(member.daemon.minimum for member in self.members),
             )
             for ask in asks:
                 with contextlib.suppress(grpc.RpcError):  # a disk that is critically full grows nobody
@@ -173,56 +176,63 @@ def _resize_all(host: Controller, member: Member, size: int) -> None:
 
 
 @contextlib.contextmanager
+def small_disk(size: int) -> Iterator[Path]:
+    """A mounted ext4 with nothing on it. Needs root."""
+    with workspace(memory()) as directory:
+        image = directory / "pool.img"
+        with image.open("wb") as file:
+            file.truncate(size)
+        run("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
+        pool = directory / "pool"
+        pool.mkdir()
+        run("mount", "-o", "loop", image, pool)
+        yield pool
+
+
+@contextlib.contextmanager
 def simulated(directory: Path) -> Iterator[Scene]:
     """Three simulated guests. The last is so small that it is always close to ENOSPC.
 
-    The pool is what the real disk has beyond all but 6 GiB, which are kept back: others on this machine may use them.
+    Without root the pool is what the machine's own disk has beyond all but 6 GiB: others use that, too.
     """
-    stats = os.statvfs(directory)
-    free = stats.f_bavail * stats.f_frsize
-    sharing = f"""
-reserve_least = {free - 6 * GIB}
-reserve_most = {free - 6 * GIB}
+    with contextlib.ExitStack() as cleanup:
+        pool = directory if why_no_btrfs() else cleanup.enter_context(small_disk(8 * GIB))
+        stats = os.statvfs(pool)
+        free = stats.f_bavail * stats.f_frsize
+        kept = max(free - 6 * GIB, 0)
+        sharing = f"""
+reserve_least = {kept}
+reserve_most = {kept}
 base = "256MiB"
-low = {free - GIB}
+low = {free - 4800 * MIB}
 critical = "1MiB"
 dwell_s = 1
 """
-    with contextlib.ExitStack() as cleanup:
         members = []
-        for name, size in (("a", 4 * GIB), ("b", 4 * GIB), ("c.d", 300 * MIB)):
+        for name, size in (("a", 4 * GIB), ("b", 4 * GIB), ("c.d", 256 * MIB)):
             home = directory / name
             home.mkdir()
-            image = home / "disk.img"
+            image = pool / f"{name}.img"
             with image.open("wb") as file:
                 file.write(bytes(MIB))
                 file.truncate(size)
             metrics = f"127.0.0.1:{free_port()}"
             daemon = cleanup.enter_context(Daemon(home, "--sim-size", str(size), "--metrics", metrics))
             members.append(Member(name, daemon, metrics, image))
-        yield Scene(
-            directory, members, sharing, (512 * MIB, 256 * MIB, 768 * MIB, 512 * MIB, 4 * GIB, 3 * GIB), _resize_guest
-        )
+        yield Scene(pool, members, sharing, (512 * MIB, 256 * MIB, 5632 * MIB, 0), _resize_guest, burst=256 * MIB)
 
 
 @contextlib.contextmanager
-def real(extra: str = SETTINGS) -> Iterator[Scene]:
+def real() -> Iterator[Scene]:
     """Two btrfs guests of 4 GiB each, whose images lie on an ext4 of 4 GiB with nothing else on it. Needs root."""
-    with workspace(memory()) as directory, contextlib.ExitStack() as cleanup:
-        image = directory / "pool.img"
-        with image.open("wb") as file:
-            file.truncate(4 * GIB)
-        run("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
-        pool = directory / "pool"
-        pool.mkdir()
-        run("mount", "-o", "loop", image, pool)
+    with small_disk(4 * GIB) as pool, contextlib.ExitStack() as cleanup:
         members = []
         for name in ("a", "b"):
             guest = Guest(pool / name, 4 * GIB)
             fill(guest.mountpoint / "data", 200 * MIB)
-            home = directory / name
+            home = pool.parent / name
             home.mkdir()
-            (home / "storaged.toml").write_text(extra, encoding="utf-8")
+            (home / "storaged.toml").write_text(SETTINGS, encoding="utf-8")
             metrics = f"127.0.0.1:{free_port()}"
             options = ("--config", str(home / "storaged.toml"), "--metrics", metrics)
             daemon = cleanup.enter_context(Daemon(home, *options, stateful=guest.mountpoint))
