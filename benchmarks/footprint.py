@@ -10,7 +10,9 @@ import lab
 import storaged
 from benchmarks.measure import Goal, Row, in_turns, say
 from benchmarks.process import Memory, Server, children, daemon_command, empty_command, memory
+from benchmarks.scrape import scrape
 from lab.loop import Guest
+from lab.simulated import free_port
 from storaged.core.model import Config
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.units import GIB
@@ -19,6 +21,7 @@ SECTION = "footprint"
 PEER = "empty grpc.aio server"
 DISK = 8 * GIB
 CALLS = 1000
+SCRAPES = 500
 SERVING_MS, RESIDENT_MB = 300.0, 45.0
 SETTLES_S = 1.0
 """After this the resize child is there too."""
@@ -32,6 +35,7 @@ def measure(directory: Path, *, quick: bool) -> list[Row]:
     states = ("started", f"after {CALLS} calls")
     resident = [Row(SECTION, f"daemon resident, {state}", "MB", PEER, Goal(RESIDENT_MB)) for state in states]
     share = [Row(SECTION, f"daemon PSS, {state}", "MB", PEER) for state in states]
+    scraped = Row(SECTION, f"daemon resident, {SCRAPES} scrapes of its metrics", "MB", goal=Goal(RESIDENT_MB))
     child = [Row(SECTION, f"resize child {what}", "MB") for what in ("resident", "PSS")]
     guest = Guest(directory / "footprint", DISK)
 
@@ -66,9 +70,27 @@ def measure(directory: Path, *, quick: bool) -> list[Row]:
         for index in range(3 if quick else 10):
             say(f"start and memory, run {index + 1}")
             in_turns(index, lambda: ours(True), lambda: theirs(True))  # noqa: FBT003
+            scraped.ours.append(_with_metrics(directory, guest))
     finally:
         guest.close()
-    return [connectable, serving, *resident, *share, *child]
+    return [connectable, serving, *resident, scraped, *share, *child]
+
+
+def _with_metrics(directory: Path, guest: Guest) -> float:
+    """Resident after all the calls, with metrics that were scraped many times."""
+    port = free_port()
+    socket = directory / "ours.sock"
+    command = [
+        *daemon_command(socket, directory / "state", guest.mountpoint),
+        *("--metrics", f"127.0.0.1:{port}"),
+    ]
+    with Server(command, socket, directory / "ours.log") as server:
+        time.sleep(SETTLES_S)
+        with server.stub() as stub:
+            _calls(stub)
+        for _ in range(SCRAPES):
+            scrape(port)
+        return memory(server.pid).resident
 
 
 def compiled() -> None:

@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dashboards.build import BOARDS, TARGET  # noqa: E402  # the path comes first
+from tests.conftest import why_no_btrfs  # noqa: E402
 from tests.dashboards.grafana import Window, choices, fill  # noqa: E402
-from tests.dashboards.live import Live, simulated, stage  # noqa: E402
+from tests.dashboards.live import Live, real, simulated, stage  # noqa: E402
 
 SOURCES = ROOT / "dashboards" / "preview"
 MODULES = ROOT / "build" / "preview"
@@ -64,8 +65,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as cleanup:
         work = Path(directory) / "work"
         work.mkdir()
-        members = cleanup.enter_context(simulated(Path(directory)))
-        with stage(Path(directory), members, run_s=LONGER_S) as live:
+        reason = why_no_btrfs()
+        if reason:
+            print(f"preview: simulated guests, because {reason}")
+        scene = cleanup.enter_context(simulated(Path(directory)) if reason else real())
+        with stage(Path(directory), scene, run_s=LONGER_S) as live:
             for name in BOARDS:
                 board = json.loads((TARGET / f"{name}.json").read_text(encoding="utf-8"))
                 path = work / f"dashboard-{name}.json"

@@ -78,6 +78,8 @@ class Prometheus:
                     f"--config.file={self._directory}/prometheus.yml",
                     f"--storage.tsdb.path={self._directory}/data",
                     f"--web.listen-address={self.url.removeprefix('http://')}",
+                    f"--web.external-url={self.url}",
+                    f"--web.console.templates={CONFIGURATION}/consoles",
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

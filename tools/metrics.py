@@ -8,17 +8,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from storaged.metrics.families import GUEST, REACTION_BUCKETS, Family, Type  # noqa: E402  # the path comes first
+from storaged.host.families import HOST  # noqa: E402  # the path comes first
+from storaged.metrics.calls import CALLS  # noqa: E402
+from storaged.metrics.families import GUEST, REACTION_BUCKETS  # noqa: E402
+from storaged.metrics.family import Family, Type  # noqa: E402
 
 TARGET = ROOT / "docs" / "metrics.md"
-INTRO = """# Metrics of the guest
+INTRO = """# Metrics
 
-Made from `storaged/metrics/families.py` by `make docs`; do not edit.
+Made from the tables of families in `storaged/metrics` and `storaged/host` by `make docs`; do not edit.
 
-`storaged serve --metrics HOST:PORT` (or `unix:/path`) serves them at `/metrics`, as Prometheus text or as OpenMetrics,
-whichever is asked for. Names, types and labels are a contract: they are added to, and otherwise change only with a
-major version. Units are base units. All values of a label are there from the start, at 0; what is "while a job runs"
-is *absent* at other times. A metric with a label `state` is 1 at the present state and 0 at the others.
+`storaged serve --metrics HOST:PORT` (or `unix:/path`) serves the guest's at `/metrics`; those of `storaged-host` are
+served where `[serve] metrics` in its TOML says. As Prometheus text or as OpenMetrics, whichever is asked for.
+
+Names, types and labels are a contract: they are added to, and otherwise change only with a major version. Units are
+base units. All values of a label are there from the start, at 0; what is "while a job runs" is *absent* at other times.
+A metric with a label `state` is 1 at the present state and 0 at the others.
 
 No metric carries a path, an argument or the text of an error. Labels that tell guests apart (`vm`, `host`) come from
 the scrape configuration: see [monitoring](monitoring.md).
@@ -27,16 +32,17 @@ A scrape reads what the daemon has published and the kernel's own accounting in 
 latter; a disk that hangs makes the values of the filesystem those of the last scrape, nothing else.
 Nothing is encrypted or asked for a password: serve them on a loopback address, a unix socket or a network you trust.
 """
-CALLS = """## Calls
+ABOUT_CALLS = """## Calls to the guest
 
-Named as gRPC servers in other languages name them. Labels: `grpc_type`, `grpc_service`, `grpc_method`.
-
-| metric | type | more labels | meaning |
-|---|---|---|---|
-| `grpc_server_started_total` | counter | | Calls that began |
-| `grpc_server_handled_total` | counter | `grpc_code` | Calls that ended |
-| `grpc_server_handling_seconds` | histogram | | How long they took, of those that hosts call all the time |
+Named as gRPC servers in other languages name them. Those that hosts make all the time are there from the start, at 0,
+with code `OK`; every other method and code from its first call, also the cancelled (`CANCELLED`) and those past
+their deadline (`DEADLINE_EXCEEDED`). Methods that nobody has are all `unknown`.
 """
+ABOUT_HOST = """## The host
+
+Served by `storaged-host`; `pool` and `vm` are the names in its configuration. What is not known is absent, not 0.
+"""
+HEAD = "| metric | type | labels | there | meaning |", "|---|---|---|---|---|"
 
 
 def series(family: Family) -> int:
@@ -60,13 +66,20 @@ def page() -> str:
     total = sum(series(family) for family in GUEST)
     lines = [
         INTRO,
-        "| metric | type | labels | there | meaning |",
-        "|---|---|---|---|---|",
+        "## The guest",
+        "",
+        *HEAD,
         *map(row, GUEST),
         "",
-        f"At most {total} series altogether.",
+        f"At most {total} series, and those of the calls: together at most 100 in what a host does to a guest.",
         "",
-        CALLS,
+        ABOUT_CALLS,
+        *HEAD,
+        *map(row, CALLS),
+        "",
+        ABOUT_HOST,
+        *HEAD,
+        *map(row, HOST),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -290,7 +290,7 @@ RPC = Row(
         ),
         lines(
             "Slowest hundredth of calls",
-            "Within this time 99 of 100 calls were answered.",
+            "Within this time 99 of 100 calls were answered; read off the bounds 10 ms, 100 ms, 1 s and 10 s.",
             SECONDS,
             (
                 "histogram_quantile(0.99, sum by (grpc_method, le) (rate("
@@ -304,7 +304,7 @@ RPC = Row(
         ),
         lines(
             "Reaction to host reports",
-            "From the call to the balloon at its target: the mean, and within what 99 of 100 were.",
+            "From the call to the balloon at its target: mean, and what 99 of 100 were within (by bounds up to 15 s).",
             SECONDS,
             (
                 (

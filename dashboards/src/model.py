@@ -5,8 +5,6 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-RUNBOOKS = "https://storaged.example/runbooks"
-"""Where docs/runbooks is published; `make dashboards RUNBOOKS=URL` puts another one in."""
 BYTES, RATE, SECONDS, SHARE, COUNT, CALLS = "bytes", "binBps", "s", "percentunit", "none", "reqps"
 """Units by Grafana's names: IEC bytes, bytes a second, seconds, 0 to 1, plain, calls a second."""
 GREEN, AMBER, RED, BLUE, GREY = "green", "orange", "red", "blue", "text"

@@ -13,6 +13,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from dashboards.src import runbooks
 from dashboards.src.model import SHARE, Board, Kind, Panel, Row, Variable
 
 SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -27,18 +28,30 @@ _BUILDERS: dict[Kind, Any] = {
 }
 
 
-def render(board: Board, runbooks: str) -> str:
-    """The JSON of `board`."""
+def render(board: Board, published: str = "") -> str:
+    """The JSON of `board`. `published`: where runbooks are, if not beside it."""
     built = (
-        db.Dashboard(board.title)
-        .uid(board.uid)
-        .description(board.text)
-        .tags([TAG])
-        .editable()
-        .timezone("browser")
+        _common(db.Dashboard(board.title).uid(board.uid).description(board.text))
         .time("now-1h", "now")
         .refresh("30s")
         .tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
+        .with_variable(db.DatasourceVariable("datasource").label("Data source").type("prometheus"))
+    )
+    for variable in board.variables:
+        built = built.with_variable(_variable(variable))
+    return _written(built, _panels(board, published))
+
+
+def render_runbooks() -> str:
+    """The JSON of the dashboard that the others' panels lead to."""
+    return _written(_common(runbooks.bare()), runbooks.panels())
+
+
+def _common(built: db.Dashboard) -> db.Dashboard:
+    return (
+        built.tags([TAG])
+        .editable()
+        .timezone("browser")
         .link(
             db.DashboardLink("storaged")
             .type(dashboard.DashboardLinkType.DASHBOARDS)
@@ -47,18 +60,15 @@ def render(board: Board, runbooks: str) -> str:
             .include_vars(include_vars=True)
             .keep_time(keep_time=True)
         )
-        .with_variable(db.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     )
-    for variable in board.variables:
-        built = built.with_variable(_variable(variable))
-    built = built.with_variable(db.ConstantVariable("runbooks").label("Runbooks").value(runbooks))
+
+
+def _written(built: db.Dashboard, panels: list[dict[str, Any]]) -> str:
     document = json.loads(json.dumps(built.build(), cls=JSONEncoder))
-    document["panels"] = _panels(board)
-    for one in document["templating"]["list"]:
+    document["panels"] = panels
+    for one in document.get("templating", {}).get("list", []):
         for key in [key for key in one if key.startswith("auto")]:
             del one[key]  # not in Grafana's schema for this kind of variable
-        if one["type"] == "constant":
-            one["hide"] = 2
     document.pop("id", None)
     return json.dumps(_visible(document), indent=2, ensure_ascii=False) + "\n"
 
@@ -87,7 +97,7 @@ def _variable(variable: Variable) -> db.QueryVariable:
     return built
 
 
-def _panels(board: Board) -> list[dict[str, Any]]:
+def _panels(board: Board, published: str) -> list[dict[str, Any]]:
     """Rows and panels in reading order, placed without holes."""
     placed: list[dict[str, Any]] = []
     y = 0
@@ -99,7 +109,7 @@ def _panels(board: Board) -> list[dict[str, Any]]:
             x = 0
             for panel in line:
                 spot = {"x": x, "y": y, "w": panel.width, "h": line[0].height}
-                placed.append(_panel(panel) | {"id": len(placed) + 1, "gridPos": spot})
+                placed.append(_panel(panel, published) | {"id": len(placed) + 1, "gridPos": spot})
                 x += panel.width
             y += line[0].height
     return placed
@@ -123,7 +133,7 @@ def _thresholds(panel: Panel) -> db.ThresholdsConfig:
     return db.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(steps)
 
 
-def _panel(panel: Panel) -> dict[str, Any]:
+def _panel(panel: Panel, published: str) -> dict[str, Any]:
     built = (
         _BUILDERS[panel.kind]()
         .title(panel.title)
@@ -133,7 +143,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         .thresholds(_thresholds(panel))
     )
     if panel.runbook:
-        link = db.DashboardLink(f"Runbook: {panel.runbook}").url(f"${{runbooks}}/{panel.runbook}.md")
+        link = db.DashboardLink(f"Runbook: {panel.runbook}").url(runbooks.link(panel.runbook, published))
         built = built.links([link.target_blank(target_blank=True)])
     if panel.quiet:
         built = built.no_value(panel.quiet)

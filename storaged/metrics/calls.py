@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
-
+from storaged.metrics.family import PLAIN, Distribution, Family, Metric, Type, Values
 from storaged.rpc.calls import BUCKETS
 from storaged.rpc.server import Server
 
+_WHICH = (("grpc_type", ()), ("grpc_service", ()), ("grpc_method", ()))
+STARTED = Family("grpc_server_started_total", Type.COUNTER, "Calls that began", _WHICH)
+HANDLED = Family("grpc_server_handled_total", Type.COUNTER, "Calls that ended", (*_WHICH, ("grpc_code", ())))
+SECONDS = Family(
+    "grpc_server_handling_seconds",
+    Type.HISTOGRAM,
+    "How long calls took, of those that hosts make all the time",
+    _WHICH,
+)
+RELAYED = "with a vsock address"
+OPEN = Family("storaged_vsock_connections", Type.GAUGE, "Relayed connections held now", present=RELAYED)
+ACCEPTED = Family("storaged_vsock_accepted_total", Type.COUNTER, "Connections taken", present=RELAYED)
+DROPPED = Family(
+    "storaged_vsock_dropped_total",
+    Type.COUNTER,
+    "Connections refused, or ended by us",
+    (("reason", ()),),
+    present=RELAYED,
+)
+CALLS = (STARTED, HANDLED, SECONDS, OPEN, ACCEPTED, DROPPED)
 
-class CallsCollector(Collector):
+
+class CallsCollector:
     """What callers did: every method and code, and who came over vsock."""
 
     def __init__(self, server: Server) -> None:
@@ -23,28 +39,18 @@ class CallsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """By the names that gRPC's other servers use."""
         calls = self._server.calls
-        names = ["grpc_type", "grpc_service", "grpc_method"]
-        started = CounterMetricFamily("grpc_server_started", "Calls that began", labels=names)
-        for labels, count in list(calls.started.items()):
-            started.add_metric(labels, count)
-        yield started
-        handled = CounterMetricFamily("grpc_server_handled", "Calls that ended", labels=[*names, "grpc_code"])
-        for (labels, code), count in list(calls.handled.items()):
-            handled.add_metric([*labels, code], count)
-        yield handled
-        seconds = HistogramMetricFamily("grpc_server_handling_seconds", "How long calls took", labels=names)
-        for labels, duration in list(calls.seconds.items()):
-            counts = list(accumulate(duration.buckets))
-            bounds = [*map(floatToGoString, BUCKETS), "+Inf"]
-            seconds.add_metric(labels, list(zip(bounds, counts, strict=True)), duration.total)
-        yield seconds
+        started: Values = {(*labels,): count for labels, count in calls.started.copy().items()}
+        yield Metric(STARTED, started)
+        yield Metric(HANDLED, {(*labels, code): count for (labels, code), count in calls.handled.copy().items()})
+        yield Metric(
+            SECONDS,
+            {
+                labels: Distribution(BUCKETS, list(duration.buckets), duration.total)
+                for labels, duration in calls.seconds.copy().items()
+            },
+        )
         relay = self._server.relay
         if relay is not None:
-            yield GaugeMetricFamily("storaged_vsock_connections", "Relayed connections held now", value=relay.open)
-            yield CounterMetricFamily("storaged_vsock_accepted", "Connections taken", value=relay.accepted)
-            dropped = CounterMetricFamily(
-                "storaged_vsock_dropped", "Connections refused, or ended by us", labels=["reason"]
-            )
-            for reason, count in relay.dropped.items():
-                dropped.add_metric([reason], count)
-            yield dropped
+            yield Metric(OPEN, {PLAIN: relay.open})
+            yield Metric(ACCEPTED, {PLAIN: relay.accepted})
+            yield Metric(DROPPED, {(reason,): count for reason, count in relay.dropped.items()})

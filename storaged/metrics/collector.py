@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
-
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
+from collections.abc import Iterator
 
 from storaged.core import events as ev
 from storaged.core.machine import State
 from storaged.metrics import build
-from storaged.metrics.families import GUEST, LEVELS, OUTCOMES, REACTION_BUCKETS, Family, Type, word
+from storaged.metrics.families import GUEST, LEVELS, OUTCOMES, REACTION_BUCKETS, word
+from storaged.metrics.family import PLAIN, Distribution, Metric, Values, one_hot
 from storaged.metrics.reader import SpaceReader
 from storaged.resize.job import Job
 from storaged.runtime import StorageService
 
-Samples = Mapping[tuple[str, ...], float]
-PLAIN: tuple[str, ...] = ()
 
-
-class StorageCollector(Collector):
+class StorageCollector:
     """The guest's metrics. Made on the event loop; collected from any thread."""
 
     def __init__(self, storage: StorageService) -> None:
@@ -75,31 +67,13 @@ class StorageCollector(Collector):
         """Ask the filesystem no more."""
         self._reader.close()
 
-    def describe(self) -> Iterator[Metric]:
-        """The families without samples: registering must not read anything."""
-        for family in GUEST:
-            yield _empty(family)
-
     def collect(self) -> Iterator[Metric]:
-        """One family after the other, in the contract's order; one that has no samples now is left out."""
+        """One family after the other, in the contract's order."""
         values = self._values()
         for family in GUEST:
-            if family.type is Type.HISTOGRAM:
-                yield self._histogram(family)
-            elif samples := values[family.name]:
-                metric = _empty(family)
-                for labels, value in samples.items():
-                    metric.add_metric(labels, value)
-                yield metric
+            yield Metric(family, values[family.name])
 
-    def _histogram(self, family: Family) -> Metric:
-        counts = accumulate(self._reactions)
-        bounds = [*map(floatToGoString, REACTION_BUCKETS), "+Inf"]
-        metric = HistogramMetricFamily(family.name, family.help)
-        metric.add_metric([], list(zip(bounds, counts, strict=True)), self._reacted_s)
-        return metric
-
-    def _values(self) -> dict[str, Samples]:
+    def _values(self) -> dict[str, Values]:
         snapshot = self._storage.snapshot
         state = snapshot.state
         balloon, job, report, bounds = state.balloon, state.job, state.report, snapshot.bounds
@@ -109,18 +83,21 @@ class StorageCollector(Collector):
         moved = snapshot.moved_total + (running.moved if running is not None else 0)
         return {
             "storaged_build_info": {self._build: 1},
-            "storaged_disk_pressure": _one_hot(
+            "storaged_disk_pressure": one_hot(
                 LEVELS, state.pressure.level.name.lower() if state.pressure.known else "none"
             ),
             "storaged_host_free_bytes": _maybe(None if report is None else report.free),
             "storaged_host_update_timestamp_seconds": _maybe(None if report is None else report.wall),
-            "storaged_balloon_state": _one_hot(_known("storaged_balloon_state"), balloon.state.value),
+            "storaged_balloon_state": one_hot(_known("storaged_balloon_state"), balloon.state.value),
             "storaged_balloon_size_bytes": _maybe(balloon.size),
             "storaged_balloon_target_bytes": _maybe(snapshot.balloon_target),
             "storaged_balloon_updates_total": {(result,): count for result, count in self._updates.items()},
             "storaged_balloon_adjusted_bytes_total": {
                 ("inflate",): snapshot.inflated_total,
                 ("deflate",): snapshot.deflated_total,
+            },
+            "storaged_balloon_reaction_seconds": {
+                PLAIN: Distribution(REACTION_BUCKETS, list(self._reactions), self._reacted_s)
             },
             "storaged_filesystem_size_bytes": _maybe(self._storage.current_size()),
             "storaged_filesystem_available_bytes": _maybe(space.available),
@@ -130,14 +107,14 @@ class StorageCollector(Collector):
             "storaged_btrfs_unallocated_bytes": _maybe(space.unallocated),
             "storaged_btrfs_metadata_headroom_bytes": _maybe(space.metadata_headroom),
             "storaged_reclaimed_bytes_total": _maybe(state.reclaimed),
-            "storaged_resize_state": _one_hot(_known("storaged_resize_state"), word(job.state if job else None)),
+            "storaged_resize_state": one_hot(_known("storaged_resize_state"), word(job.state if job else None)),
             "storaged_resize_jobs_total": {(way, end): count for (way, end), count in self._jobs.items()},
             "storaged_resize_moved_bytes_total": _maybe(moved),
             **_of_job(running),
         }
 
 
-def _of_job(job: Job | None) -> dict[str, Samples]:
+def _of_job(job: Job | None) -> dict[str, Values]:
     """What is there while a job runs."""
     return {
         "storaged_resize_progress_ratio": _maybe(job.progress if job else None),
@@ -154,14 +131,5 @@ def _known(name: str) -> tuple[str, ...]:
     return _BY_NAME[name].labels[0][1]
 
 
-def _maybe(value: float | None) -> Samples:
+def _maybe(value: float | None) -> Values:
     return {} if value is None else {PLAIN: float(value)}
-
-
-def _one_hot(states: tuple[str, ...], now: str) -> Samples:
-    return {(state,): float(state == now) for state in states}
-
-
-def _empty(family: Family) -> GaugeMetricFamily | CounterMetricFamily:
-    kind = CounterMetricFamily if family.type is Type.COUNTER else GaugeMetricFamily
-    return kind(family.name, family.help, labels=family.label_names)

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
-
 from storaged.core.machine import BalloonState
+from storaged.metrics.family import Family, Type
 from storaged.resize.job import JobState
 
-
-class Type(enum.Enum):
-    """Types of the exposition format."""
-
-    GAUGE = "gauge"
-    COUNTER = "counter"
-    HISTOGRAM = "histogram"
-
-
-ALWAYS = "always"
 TOLD = "once the host has told"
 BOUNDED = "once somebody asked for the bounds"
 RUNNING = "while a job runs"
@@ -32,29 +20,6 @@ REACTION_BUCKETS = (0.01, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0)
 def word(state: JobState | None) -> str:
     """A job's state as a label's value."""
     return "none" if state is None else state.value.replace(" ", "_")
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One metric. `labels` are names and all their values, from the start; no values: made known at run time."""
-
-    name: str
-    type: Type
-    help: str
-    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    present: str = ALWAYS
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Names alone."""
-        return tuple(name for name, _ in self.labels)
-
-    @property
-    def samples(self) -> tuple[str, ...]:
-        """The names that a query can use."""
-        if self.type is Type.HISTOGRAM:
-            return tuple(f"{self.name}_{part}" for part in ("bucket", "sum", "count"))
-        return (self.name,)
 
 
 def _state(*values: str) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -64,6 +64,8 @@ class Calls:
             labels = ("unary", "vm_tools.Maitred", method)
             self.started[labels] = 0
             self.handled[labels, "OK"] = 0
+            if method in TIMED:
+                self.seconds[labels] = Duration()
 
     def begin(self, labels: Labels) -> float:
         """A call begins; when."""

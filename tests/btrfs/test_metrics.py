@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, MIB, SECTOR
 from tests.btrfs.conftest import MakeDaemon, MakeGuest
 from tests.btrfs.support import Figures, available, held, report_for, sync
+from tests.dashboards.live import real
 from tests.metrics.support import get, samples
 
 pytestmark = pytest.mark.btrfs
 SETTLES_WITHIN_S = 5.0
+HANGS_S = 0.9
+"""The hundred scrapes take longer than this altogether: one that waited for the disk would wait for all of it."""
 FILE = 256 * MIB
 
 
@@ -139,3 +143,35 @@ def test_a_filesystem_that_was_forced_read_only_is_told(make_guest: MakeGuest, m
     run("mount", "-o", "remount,ro", guest.mountpoint)
     assert Scraped(address)("filesystem_read_only") == 1
     run("mount", "-o", "remount,rw", guest.mountpoint)
+
+
+def test_a_scrape_waits_for_no_disk_while_a_resize_runs() -> None:
+    with real() as scene:
+        member = scene.members[0]
+        assert member.disk is not None
+        for number in range(8):
+            fill(member.disk.mountpoint / f"file{number}", 128 * MIB)
+        for number in range(0, 8, 2):
+            (member.disk.mountpoint / f"file{number}").unlink()
+        os.sync()
+        bounds = member.daemon.report().bounds
+        member.daemon.resize(max(bounds.minimum_size, (bounds.guaranteed_size - GIB) // SECTOR * SECTOR))
+        # From now on whatever needs the guest's disk hangs: the filesystem that its image lies on takes no write.
+        run("fsfreeze", "--freeze", scene.pool)
+        try:
+            took = []
+            seen = Scraped(member.metrics)
+            for _ in range(100):
+                began = time.perf_counter()
+                seen = Scraped(member.metrics)
+                took.append(time.perf_counter() - began)
+                time.sleep(0.01)
+            assert seen("resize_state", state="running") == 1, "it was to be caught at work"
+            assert seen("filesystem_available_bytes") > 0
+        finally:
+            run("fsfreeze", "--unfreeze", scene.pool)
+        assert statistics.median(took) < 0.025, took
+        assert max(took) < HANGS_S, took
+        member.daemon.wait_resized()
+        assert member.daemon.report().job.state == storaged_v1_pb2.JOB_DONE, member.daemon.report().job
+        assert Scraped(member.metrics)("resize_jobs_total", direction="shrink", outcome="success") == 1

@@ -21,6 +21,7 @@ PLAUSIBLE = {
     CALLS: (0, 1e5),
 }
 """By unit; seconds are ages and durations: a Unix time is none."""
+EMPTY = ": empty"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +94,18 @@ def selections(board: Json, offered: dict[str, list[str]]) -> Iterator[tuple[dic
             yield {**offered, name: [value]}, True
 
 
-def faults(board: Json, prometheus: Prometheus, window: Window) -> list[str]:
-    """All that people would see go wrong."""
+def faults(board: Json, prometheus: Prometheus, window: Window, *, idle: bool = False) -> list[str]:
+    """All that people would see go wrong. `idle`: a line may be missing, a panel that shows nothing must say why."""
     offered, wrong = choices(board, prometheus)
     if wrong:
         return wrong
     for chosen, everything in selections(board, offered):
         for panel in panels(board):
-            wrong += _panel(board, panel, prometheus, window, (chosen, everything))
+            found = list(_panel(board, panel, prometheus, window, (chosen, everything)))
+            missing = [one for one in found if one.endswith(EMPTY)]
+            if idle and (len(missing) < len(panel["targets"]) or panel["fieldConfig"]["defaults"].get("noValue")):
+                found = [one for one in found if one not in missing]
+            wrong += found
     return list(dict.fromkeys(wrong))
 
 
@@ -121,7 +126,7 @@ def _panel(
             yield f"{title}: {error}"
             continue
         if not series:
-            yield f"{title}: empty"
+            yield title + EMPTY
         for one in series:
             yield from _line(title, panel, target, one)
             names.append(_named(target["legendFormat"], one["metric"]))

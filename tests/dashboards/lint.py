@@ -12,9 +12,8 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from dashboards.build import BOARDS
-from dashboards.src.model import RUNBOOKS
+from dashboards.src import runbooks
 from dashboards.src.series import KNOWN
-from lab.prometheus import ROOT
 from tests.dashboards import promql
 
 Json = dict[str, Any]
@@ -207,21 +206,18 @@ def chosen(board: Json) -> Complaints:
 
 def links(board: Json) -> Complaints:
     """Everything that can be clicked leads somewhere."""
-    uids = {one.uid for one in BOARDS.values()}
+    uids = {*(one.uid for one in BOARDS.values()), runbooks.UID}
     for uid in re.findall(r'"/d/([^?"]+)', json.dumps(board)):
         if uid not in uids:
             yield f"/d/{uid} leads nowhere"
     if not any(link["type"] == "dashboards" and link["tags"] == ["storaged"] for link in board["links"]):
         yield "no way to the other dashboards"
-    if variables(board).get("runbooks", {}).get("query") != RUNBOOKS:
-        yield "no place for runbooks"
+    shown = {one["title"]: one["id"] for one in runbooks.panels()}
     for panel in panels(board):
         for link in panel.get("links", []):
-            name = link["url"].removeprefix("${runbooks}/")
-            if not (ROOT / "docs" / "runbooks" / name).is_file():
-                yield f"{panel.get('title')}: no runbook {link['url']}"
-            if name.removesuffix(".md") not in link["title"]:
-                yield f"{panel.get('title')}: the link is called {link['title']}"
+            name = link["title"].removeprefix("Runbook: ")
+            if name not in shown or link["url"] != f"/d/{runbooks.UID}?viewPanel={shown[name]}":
+                yield f"{panel.get('title')}: {link['url']} is no runbook of {name}"
 
 
 RULES: tuple[Callable[[Json], Complaints], ...] = (

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from dashboards.src.model import RUNBOOKS
 from dashboards.src.series import KNOWN
 from lab.prometheus import ROOT
 from tests.dashboards.alert_cases import CASES, document
@@ -93,7 +92,8 @@ def test_broken_alerts_are_caught(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", alerts())
 def test_every_alert_has_a_runbook_and_says_where(name: str) -> None:
     notes = alerts()[name]["annotations"]
-    assert notes["runbook_url"] == f"{RUNBOOKS}/{name}.md"
+    assert notes["runbook_url"] == f"{{{{ $externalURL }}}}/consoles/storaged/{name}.html"
+    assert (RULES / "consoles" / "storaged" / f"{name}.html").is_file()
     assert notes["summary"]
     assert notes["description"]
     text = (BOOKS / f"{name}.md").read_text(encoding="utf-8")

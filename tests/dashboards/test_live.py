@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -17,10 +18,10 @@ from tests.metrics.support import tool
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """Three simulated guests, recorded."""
+    """Three simulated guests and the host's own daemon, recorded."""
     tool("prometheus")
     directory = tmp_path_factory.mktemp("live")
-    with simulated(directory) as members, stage(directory, members) as recorded:
+    with simulated(directory) as scene, stage(directory, scene) as recorded:
         yield recorded
 
 
@@ -29,6 +30,11 @@ def test_alerts_that_are_due_can_say_what_is_the_matter(live: Live) -> None:
     assert "c.d" in {alert["labels"]["vm"] for alert in due}
     said = [text for alert in due for text in alert["annotations"].values()]
     assert [text for text in said if "error expanding" in text or "<no value>" in text] == []
+    for alert in due:
+        with urllib.request.urlopen(alert["annotations"]["runbook_url"], timeout=10) as answer:
+            page = answer.read().decode()
+        assert f"<h1>{alert['labels']['alertname']}</h1>" in page
+        assert "<h2>Mitigation</h2>" in page
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -36,16 +42,21 @@ def test_every_query_has_an_answer_that_makes_sense(name: str, live: Live) -> No
     assert faults(load(name), live.prometheus, live.window) == []
 
 
+@pytest.mark.parametrize("name", BOARDS)
+def test_no_panel_is_empty_while_nothing_happens(name: str, live: Live) -> None:
+    assert faults(load(name), live.prometheus, live.idle, idle=True) == []
+
+
 def test_what_is_shown_is_true(live: Live) -> None:
     board = load("guest")
     panel = next(one for one in board["panels"] if one["title"] == "Filesystem")
-    for member in live.members:
+    for member in live.scene.members:
         expression = (
             panel["targets"][0]["expr"].replace("$job", ".+").replace("$host", ".+").replace("$vm", member.name)
         )
         shown = live.prometheus.at(expression, live.window.end)
         assert len(shown) == 1, "one guest, and no other"
-        if member is not live.members[0]:
+        if member is not live.scene.members[0]:
             assert float(shown[0]["values"][0][1]) == member.daemon.status().current_size
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.client
+import re
 import socket
 import stat
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -69,6 +74,53 @@ async def test_a_silent_connection_holds_nobody_up(guest: Guest) -> None:
         with socket.create_connection((host, int(port))):
             for _ in range(3):
                 await served.get()
+
+
+def said(address: str, request: bytes) -> bytes:
+    """All that is answered to `request`."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+async def test_http_is_answered_as_far_as_scrapers_need_it(guest: Guest) -> None:
+    with Served(guest.service, "127.0.0.1:0") as served:
+        for request, status in (
+            (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", b"200 OK"),
+            (b"GET /metrics?name=x HTTP/1.0\r\n\r\n", b"200 OK"),
+            (b"HEAD /metrics HTTP/1.1\r\n\r\n", b"200 OK"),
+            (b"GET / HTTP/1.1\r\n\r\n", b"404 Not Found"),
+            (b"POST /metrics HTTP/1.1\r\n\r\n", b"405 Method Not Allowed"),
+            (b"GET /metrics\r\n\r\n", b"400 Bad Request"),
+            (b"\x16\x03\x01\x02\x00", b"400 Bad Request"),
+            (b"GET /metrics HTTP/1.1\r\n" + b"a: b\r\n" * 100 + b"\r\n", b"400 Bad Request"),
+            (b"GET /" + b"x" * 10_000, b"400 Bad Request"),
+        ):
+            head, _, body = (await asyncio.to_thread(said, served.address, request)).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 " + status), (request[:40], head)
+            length = int(re.search(rb"Content-Length: (\d+)", head)[1])  # type: ignore[index]
+            assert len(body) == (0 if request.startswith(b"HEAD") else length)
+            assert (b"storaged_build_info" in body) == (status == b"200 OK" and request.startswith(b"GET"))
+
+
+async def test_many_silent_connections_take_no_more_threads_than_that(guest: Guest) -> None:
+    before = threading.active_count()
+    with Served(guest.service, "127.0.0.1:0") as served:
+        host, _, port = served.address.rpartition(":")
+        with contextlib.ExitStack() as held:
+            for _ in range(3 * exporter.MOST_AT_ONCE):
+                held.enter_context(socket.create_connection((host, int(port))))
+            await asyncio.sleep(0.2)
+            assert threading.active_count() - before <= exporter.MOST_AT_ONCE + 2
+        for _ in range(50):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                await served.get()
+                break
+            await asyncio.sleep(0.1)
+        else:
+            pytest.fail("it does not answer any more")
 
 
 @pytest.mark.parametrize("address", ["tcp", "unix"])

@@ -16,7 +16,6 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from storaged.config import LimitsConfig
@@ -24,6 +23,7 @@ from storaged.errors import Kind, StoragedError
 from storaged.logs import REQUEST_ID, RPC_METHOD
 from storaged.metrics.calls import CallsCollector
 from storaged.metrics.collector import StorageCollector
+from storaged.metrics.exposition import written
 from storaged.rpc import vsock
 from storaged.rpc.calls import BUCKETS
 from storaged.rpc.proto import storaged_v1_pb2 as pb
@@ -38,10 +38,8 @@ Call = Callable[..., Awaitable[Any]]
 
 def scraped(guest: Guest) -> dict[str, float]:
     """What Prometheus would read, by name and labels."""
-    registry = CollectorRegistry()
-    registry.register(CallsCollector(guest.server))
     found = {}
-    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+    for family in text_string_to_metric_families(written([CallsCollector(guest.server)])):
         for sample in family.samples:
             labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
             found[f"{sample.name}{{{labels}}}"] = float(sample.value)
@@ -194,10 +192,8 @@ async def test_a_guest_has_no_more_than_a_hundred_series(guest: Guest) -> None:
         call: Any = guest.channel.unary_unary(f"/vm_tools.Maitred/{method}")
         with contextlib.suppress(grpc.aio.AioRpcError):
             await call(b"")
-    registry = CollectorRegistry()
-    registry.register(StorageCollector(guest.service))
-    registry.register(CallsCollector(guest.server))
-    lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+    both = (StorageCollector(guest.service), CallsCollector(guest.server))
+    lines = [line for line in written(both).splitlines() if not line.startswith("#")]
     assert 60 < len(lines) <= 100, len(lines)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from storaged.metrics.collector import StorageCollector
+from storaged.metrics.exposition import written
 from storaged.resize.job import JobState
 from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.rpc.proto import vm_guest_pb2 as vm
@@ -19,13 +19,12 @@ class Scraper:
     """What Prometheus would read."""
 
     def __init__(self, guest: Guest) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(StorageCollector(guest.service))
+        self._collector = StorageCollector(guest.service)
 
     def read(self) -> dict[str, float]:
         """Value by name and labels, as in `storaged_balloon_state{state="idle"}`."""
         found = {}
-        for family in text_string_to_metric_families(generate_latest(self._registry).decode()):
+        for family in text_string_to_metric_families(written([self._collector])):
             for sample in family.samples:
                 labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
                 found[f"{sample.name}{{{labels}}}" if labels else sample.name] = float(sample.value)
