@@ -18,6 +18,7 @@ from storaged.core.record import Remembered, from_record
 from storaged.errors import FilesystemError, Kind, StoragedError
 from storaged.resize.bounds import Bounds, compute
 from storaged.resize.job import Job
+from storaged.resize.layout import KERNEL_MINIMUM
 from storaged.units import sector_floor
 from storaged.writer import ANSWER_WITHIN_S, Observer, Snapshot, Writer
 
@@ -142,10 +143,23 @@ class StorageService(Writer):
     async def retarget(self, size: int, *, best_effort: bool = False) -> Job:
         """As `resize`, after the job that runs was cancelled; the new one. What would be refused cancels nothing."""
         if self._state.active_job is not None:
-            known = self._bounds or Bounds(self._state.config.minimum_filesystem, 0, "")
-            now = ev.Facts(self.current_size(), self.snapshot.space.device, known.minimum, known.why)
-            if refused := machine.refusal(size, now, self._state, best_effort=best_effort):
-                raise StoragedError(refused.message, refused.kind)
+            await self._refuse(size, best_effort=best_effort)
+        # Whoever asked may give up: what was begun is brought to its end all the same.
+        return await asyncio.shield(self._cancel_and_start(size, best_effort=best_effort))
+
+    async def _refuse(self, size: int, *, best_effort: bool) -> None:
+        """StoragedError if `size` could not be, by what can be known while a job runs."""
+        space = await asyncio.wait_for(self._in("read", self._world.filesystem.space), ANSWER_WITHIN_S)
+        facts = ev.Facts(self.current_size(), space.device, KERNEL_MINIMUM, read_only=space.read_only)
+        refused = machine.refusal(size, facts, self._state, best_effort=best_effort)
+        if refused is None and sector_floor(size) < facts.size and not best_effort:
+            bounds = await self.bounds()  # as known before the job, or as they are while it waits for its device
+            facts = replace(facts, minimum=bounds.minimum, why=bounds.why)
+            refused = machine.refusal(size, facts, self._state)
+        if refused is not None:
+            raise StoragedError(refused.message, refused.kind)
+
+    async def _cancel_and_start(self, size: int, *, best_effort: bool) -> Job:
         with contextlib.suppress(StoragedError):  # none runs, or it has just ended
             await self.cancel(f"another size was asked for: {size} bytes")
         return await self.started(size, best_effort=best_effort)
@@ -302,7 +316,7 @@ class StorageService(Writer):
         job = self._state.active_job
         if job is not None or size < self._state.config.minimum_filesystem:
             # Refused or already running either way: do not disturb the disk for it.
-            return ev.Facts(self.current_size(), self.snapshot.space.device, 0)
+            return ev.Facts(self.current_size(), self.snapshot.space.device, 0, job_ran=job is not None)
         fs = self._world.filesystem
         space = await asyncio.wait_for(self._in("read", fs.space), ANSWER_WITHIN_S)
         shrinks = sector_floor(size) < space.size

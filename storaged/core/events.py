@@ -67,6 +67,8 @@ class Facts:
     why: str = ""
     read_only: bool = False
     exclusive_operation: str = "none"
+    job_ran: bool = False
+    """A job was running then, so nothing was read for this request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -330,7 +330,8 @@ def _resize_requested(state: State, event: ev.ResizeRequested) -> Result:
     refused = refusal(event.size, event.facts, state, best_effort=event.best_effort)
     if refused is not None and refused.kind is Kind.INVALID:
         return state, (refused,)
-    if state.active_job is not None:
+    if state.active_job is not None or event.facts.job_ran:
+        # Also when it has ended since: what was known under it says nothing of what is there now.
         return state, (ev.AcceptResize(already=True),)
     if refused is not None:
         return state, (refused,)

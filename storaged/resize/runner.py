@@ -39,7 +39,9 @@ YIELD_MORE = 16 * MIB
 """Room the balloon gives up beyond what moves, for what does not fit together exactly."""
 
 EMPTY = -1
-"""Stands for all empty chunks among those that were tried."""
+"""Stands for all empty chunks among what was tried; other negative numbers are cuts that were refused."""
+WORTH_A_ROUND = 8 * MIB
+"""What must be gained before all chunks are looked at again."""
 
 Tell = Callable[[ev.JobPrepared | ev.JobProgressed | ev.JobEnded], None]
 
@@ -52,6 +54,8 @@ class _Work:
     stop: threading.Event
     moved: int = 0
     kernel_refused: bool = False
+    refused: bool = False
+    """The kernel found no room for what a best effort only tried."""
 
 
 class ResizeRunner:
@@ -107,7 +111,9 @@ class ResizeRunner:
             else:
                 self._shrink(work, sector_floor(work.job.requested))
         except FilesystemError as error:
-            healed = self._healer.heal(error) if work.kernel_refused and work.job.shrinks else ""
+            if work.refused and error.errno != errno.ECANCELED:
+                self._healer.heal(FilesystemError("", errno.ENOSPC))  # whatever ended it now
+            healed = self._healer.heal(error) if work.kernel_refused else ""
             stopped = error.errno == errno.ECANCELED
             return ev.Outcome.STOPPED if stopped else ev.Outcome.FAILED, error.message + healed
         size = self._fs.size()
@@ -132,6 +138,9 @@ class ResizeRunner:
             return job.current_size
 
     def _grow(self, work: _Work) -> None:
+        if (size := self._fs.size()) > sector_floor(work.job.requested):
+            # Somebody else has grown it meanwhile: going back is a shrink, which nobody has judged.
+            raise FilesystemError(f"the filesystem has {size} bytes by now; ask again", kind=Kind.OUT_OF_RANGE)
         work.tell(ev.JobPrepared(work.job.id))
         self._call(work, partial(self._resizer.resize, work.job.requested))
 
@@ -142,7 +151,6 @@ class ResizeRunner:
         """
         target = max(sector_floor(work.job.requested), KERNEL_MINIMUM)
         tried: set[int] = set()
-        refused = False
         why = ""
         work.tell(ev.JobPrepared(work.job.id))
         while (size := self._fs.size()) > target:
@@ -151,32 +159,43 @@ class ResizeRunner:
                 layout, longest = self._balloon.layout(), self._balloon.longest()
             bounds = compute(layout, longest)
             why = bounds.why
-            if bounds.minimum < size:
-                try:
-                    self._shrink(work, max(bounds.minimum, target))
-                except FilesystemError as error:
-                    if error.kind is not Kind.OUT_OF_RANGE:
-                        raise
-                    why = error.message  # the guest has written meanwhile, or the target itself is not certain
-                if self._fs.size() < size:
+            cuts = (max(bounds.minimum, target), max(bounds.guaranteed, target))
+            if cut := next((cut for cut in cuts if cut < size and -cut not in tried), 0):
+                why = self._tried_cut(work, cut) or why
+                if (gained := size - self._fs.size()) >= WORTH_A_ROUND:
                     tried.clear()
+                if gained:
                     continue
+                tried.add(-cut)  # else the same refusal again and again
             if empty_chunks(layout) and EMPTY not in tried:
                 tried.add(EMPTY)  # not sooner: as room in chunks they are part of what was promised
                 self._hand_back()
                 continue
             chunk = next_chunk(layout, tried)
             most = sum(chunk.kind == "data" for chunk in layout.chunks)
-            if chunk is None or len(tried) > most:
+            if chunk is None or len(tried) > most + 2:
                 break
             tried.add(chunk.logical)
-            refused |= not self._rewrite(work, layout, chunk)
-        if refused:
+            self._rewrite(work, layout, chunk)
+        if work.refused:
             why += self._healer.heal(FilesystemError("", errno.ENOSPC))
         return why if size > target else ""
 
-    def _rewrite(self, work: _Work, layout: Layout, chunk: Chunk) -> bool:
-        """Move what is in `chunk` to wherever the kernel finds room; False when it found none."""
+    def _tried_cut(self, work: _Work, cut: int) -> str:
+        """Shrink to `cut` as far as it goes; why it stopped before, empty at `cut`. A best effort ends well there."""
+        try:
+            self._shrink(work, cut)
+        except FilesystemError as error:
+            if error.kind is Kind.OUT_OF_RANGE:  # the guest has written meanwhile, or `cut` itself is not certain
+                return error.message
+            if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
+                raise
+            work.refused = True
+            return error.message
+        return ""
+
+    def _rewrite(self, work: _Work, layout: Layout, chunk: Chunk) -> None:
+        """Move what is in `chunk` to wherever the kernel finds room; where it finds none, it stays."""
         left = chunk.held + left_to_move(layout, work.job.requested)
         with self._balloon.lock:
             if chunk.balloon:
@@ -185,15 +204,15 @@ class ResizeRunner:
                 step = Step(layout.size, (), chunk.held)
                 self._watched(work, step, left, partial(self._resizer.move_out, chunk.logical))
             except FilesystemError as error:
-                if error.errno != errno.ENOSPC:
+                if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
                     raise
-                return False
+                work.refused = True
+                return
             finally:
                 if chunk.balloon:
                     work.settle()
         work.moved += chunk.held
         self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
-        return True
 
     def _hand_back(self) -> None:
         try:

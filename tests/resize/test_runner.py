@@ -186,6 +186,55 @@ def test_what_finds_no_room_to_be_rewritten_ends_nothing(scattered: Guest) -> No
     assert scattered.disk.faults.calls["resize"] > 2, "what the kernel remembers of it is healed"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ETXTBSY])
+def test_a_best_effort_ends_well_where_the_kernel_refuses_a_cut(guest: Guest, number: int) -> None:
+    guest.disk.write(5 * GIB)
+    for chunk in guest.disk.of("data"):
+        chunk.used = max(chunk.used - 300 * MIB, 8 * MIB)
+    minimum = guest.minimum()
+    top = max(chunk.start + chunk.length for chunk in guest.disk.of("data"))
+    kernel = guest.world.resizer.resize
+
+    def resize(size: int) -> None:
+        if size < top:
+            raise FilesystemError("an active swap file lies above the new end", number)
+        kernel(size)
+
+    guest.world.resizer.resize = resize  # type: ignore[method-assign]
+    ended = guest.run(0, best_effort=True)
+    assert ended.outcome is ev.Outcome.SUCCEEDED
+    assert minimum < top <= guest.disk.size < 8 * GIB
+    assert ended.reason
+
+
+def test_a_refusal_is_healed_whatever_ends_a_best_effort(scattered: Guest) -> None:
+    calls = []
+
+    def move_out(logical: int) -> None:
+        calls.append(logical)
+        raise FilesystemError("no", errno.ENOSPC if len(calls) == 1 else errno.EIO)
+
+    scattered.world.resizer.move_out = move_out  # type: ignore[method-assign]
+    minimum = scattered.minimum()
+    before = scattered.disk.faults.calls["resize"]
+    assert scattered.run(0, best_effort=True).outcome is ev.Outcome.FAILED
+    assert scattered.disk.size == minimum
+    assert scattered.disk.faults.calls["resize"] - before >= 3, "the cut, and two that heal"
+
+
+def test_a_grow_never_shrinks(guest: Guest) -> None:
+    guest.engine.hold(GIB)
+    guest.world.resizer.resize(12 * GIB)
+    held = guest.world.balloon.size()
+    job = Job("a", 9 * GIB, 8 * GIB, 8 * GIB, JobState.PREPARING)  # judged before somebody else made it larger
+    guest.runner.run(job, guest.told.append, guest.settle)
+    last = guest.told[-1]
+    assert isinstance(last, ev.JobEnded)
+    assert (last.outcome, last.current_size, guest.disk.size) == (ev.Outcome.FAILED, 12 * GIB, 12 * GIB)
+    assert guest.world.balloon.size() == held
+    assert "ask again" in last.reason
+
+
 def test_below_what_is_possible_the_size_reached_is_told(guest: Guest) -> None:
     guest.disk.write(4 * GIB)
     ended = guest.run(GIB)

@@ -503,6 +503,66 @@ async def test_nonsense_cancels_nothing_also_while_the_bounds_are_not_known(gues
     assert (now.id, now.state) == (first.id, pb.JOB_WAITING_FOR_CAPACITY)
 
 
+async def test_a_target_below_bounds_that_nobody_has_read_cancels_nothing(guest: Guest) -> None:
+    guest.disk.write(4 * GIB)
+    first = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=20 * GIB))).job
+    call = guest.storage.Resize(pb.ResizeRequest(size_bytes=GIB, retarget=True))
+    assert (await refused(call))[0] is grpc.StatusCode.OUT_OF_RANGE
+    assert (await guest.report()).job.state == pb.JOB_WAITING_FOR_CAPACITY
+    guest.disk.read_only = True
+    call = guest.storage.Resize(pb.ResizeRequest(size_bytes=19 * GIB, retarget=True))
+    assert (await refused(call))[0] is grpc.StatusCode.FAILED_PRECONDITION
+    now = (await guest.report()).job
+    assert (now.id, now.state) == (first.id, pb.JOB_WAITING_FOR_CAPACITY)
+
+
+async def test_who_gives_up_on_a_retarget_still_gets_it(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest.disk.write(5 * GIB)
+    for chunk in guest.disk.of("data"):
+        chunk.used = max(chunk.used - 300 * MIB, 8 * MIB)
+    guest.disk.speed = 10 * MIB
+    await guest.storage.Resize(pb.ResizeRequest(size_bytes=5 * GIB))
+    kernel = guest.service.world.resizer.cancel
+
+    def cancel() -> None:
+        time.sleep(0.6)
+        kernel()
+
+    monkeypatch.setattr(guest.service.world.resizer, "cancel", cancel)
+    call = guest.storage.Resize(pb.ResizeRequest(size_bytes=7 * GIB, retarget=True), timeout=0.3)
+    assert (await refused(call))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+    guest.disk.speed = None
+
+    async def there() -> bool:
+        return guest.disk.size == 7 * GIB
+
+    await until(there)
+
+
+async def test_a_request_that_met_a_job_is_not_judged_by_what_was_known_under_it(guest: Guest) -> None:
+    journal = guest.service.world.journal
+    save = journal.save
+
+    def slowly(record: dict[str, object]) -> None:
+        time.sleep(0.3)
+        save(record)
+
+    journal.save = slowly  # type: ignore[method-assign]
+    await guest.report_free(3 * GIB)
+    guest.disk.set_device(16 * GIB)
+    first = asyncio.create_task(guest.resize(15 * GIB))
+
+    async def grown() -> bool:
+        return guest.disk.size == 15 * GIB
+
+    await until(grown)
+    # The kernel has grown it, and the journal is being written: the job is not over yet.
+    assert await guest.resize(9 * GIB) == STATUS.ALREADY_IN_PROGRESS
+    assert await first == STATUS.STARTED
+    await guest.ended()
+    assert guest.disk.size == 15 * GIB
+
+
 async def test_retarget_without_a_job_is_a_resize(guest: Guest) -> None:
     job = (await guest.storage.Resize(pb.ResizeRequest(size_bytes=7 * GIB, retarget=True))).job
     assert (await guest.ended()).id == job.id
