@@ -164,9 +164,9 @@ class ResizeRunner:
                 why = self._tried_cut(work, cut) or why
                 if (gained := size - self._fs.size()) >= WORTH_A_ROUND:
                     tried.clear()
-                if gained:
-                    continue
-                tried.add(-cut)  # else the same refusal again and again
+                if not gained:
+                    tried.add(-cut)  # else the same refusal again and again
+                continue
             if empty_chunks(layout) and EMPTY not in tried:
                 tried.add(EMPTY)  # not sooner: as room in chunks they are part of what was promised
                 self._hand_back()
