@@ -32,12 +32,12 @@ test-long: setup ## Run the slow tests too
 	@LONG=1 JOBS=$(JOBS) tools/test.sh $(ARGS)
 
 test-vm: setup ## Run the tests in a virtual machine (QEMU, Debian's kernel), or say in one line why not
-	@tools/vm.sh || echo 'test-vm: some parts cannot be had; the tests are skipped'
-	@$(PY) -m pytest -q -m "vm and not slow" tests/vm $(ARGS)
+	@why=$$(tools/vm.sh --why); if [ -n "$$why" ]; then echo "test-vm: left out: $$why"; else \
+		$(PY) -m pytest -q -m "vm and not slow" tests/vm $(ARGS); fi
 
 test-vm-long: setup ## The same with two hundred power cuts of each kind: about an hour
-	@tools/vm.sh || echo 'test-vm: some parts cannot be had; the tests are skipped'
-	@$(PY) -m pytest -q -m vm -rP tests/vm $(ARGS)
+	@why=$$(tools/vm.sh --why); if [ -n "$$why" ]; then echo "test-vm: left out: $$why"; else \
+		$(PY) -m pytest -q -m vm -rP tests/vm $(ARGS); fi
 
 lint: setup ## Check style, formatting, types, who imports whom, and the generated docs
 	@$(RUFF) check --quiet --output-format concise $(PATHS)

@@ -179,6 +179,7 @@ async def test_with_the_controller_the_guest_meets_no_space_and_never_an_error(
     print(f"{len(seen.kept)} durable files, all whole")
 
 
+@pytest.mark.vm_more
 async def test_without_the_controller_the_same_is_damage(guest: tuple[VirtualGuest, Path]) -> None:
     machine, disk = guest
     await machine.begin_serving(disk)

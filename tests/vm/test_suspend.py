@@ -19,7 +19,7 @@ from tests.vm.disks import Base, check, make_base
 from tests.vm.guests import VirtualGuest
 from tests.vm.host import EMPTY
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vm, pytest.mark.vm_more, pytest.mark.timeout(300)]
 YEAR = 365 * 86400
 SIZE = 3 * GIB
 

@@ -17,7 +17,7 @@ from tests.vm.guests import SETTINGS
 from tests.vm.host import EMPTY
 from tests.vm.parts import ROOT
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vm, pytest.mark.vm_more, pytest.mark.timeout(300)]
 UNIT = "storaged-guest.service"
 STATE = f"systemctl list-jobs; systemctl --failed; systemctl status {UNIT}; journalctl -b --no-pager | tail -n 60"
 INSTALL = f"""

@@ -111,6 +111,7 @@ async def test_one_call_that_is_answered_with_three_megabytes(make_guest: MakeGu
     assert set(got) == {expected}
 
 
+@pytest.mark.vm_more
 async def test_programs_run_and_one_that_fails_is_reported(make_guest: MakeGuest) -> None:
     guest = make_guest()
     await guest.begin()
