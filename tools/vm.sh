@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ${1:-} == --why ]]; then
     mkdir -p build
     if tools/vm.sh >build/vm.log 2>&1; then
-        .venv/bin/python -m tests.vm.parts
+        .venv/bin/python -m lab.vm.parts
     else
         why=$(grep . build/vm.log | tail -n 1 || true)
         echo "${why:-tools/vm.sh failed}"

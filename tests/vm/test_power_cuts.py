@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from lab.loop import memory, run, workspace
+from lab.vm.disks import Base, check, make_base
+from lab.vm.guests import VirtualGuest, mountpoint
+from lab.vm.host import Calls
 from storaged.units import GIB, MIB
 from tests.vm.conftest import DAEMONS, MakeGuest
-from tests.vm.disks import Base, check, make_base
-from tests.vm.guests import VirtualGuest, mountpoint
-from tests.vm.host import Calls
 
 pytestmark = pytest.mark.vm
 AT_ONCE = 2

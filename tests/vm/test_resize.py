@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from lab.loop import run
+from lab.vm.controller import Controller
+from lab.vm.disks import Base, check, host_bytes, make_base, small_host
+from lab.vm.guests import VirtualGuest
+from lab.vm.host import EMPTY
 from storaged.host import superblock
 from storaged.units import GIB, MIB
 from tests.vm.conftest import MakeGuest
-from tests.vm.controller import Controller
-from tests.vm.disks import Base, check, host_bytes, make_base, small_host
-from tests.vm.guests import VirtualGuest
-from tests.vm.host import EMPTY
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 HOST, SIZE, LARGE = 24 * GIB, 6 * GIB, 12 * GIB
@@ -36,7 +36,7 @@ async def site(make_guest: MakeGuest) -> AsyncIterator[tuple[VirtualGuest, Base,
         guest = make_guest()
         await guest.begin_serving(base.path, werror="enospc")
         await guest.start_termina()
-        controller = Controller(guest, base.path, sharing=SHARING)
+        controller = Controller(guest.machine.directory, {"vm": (guest, base.path)}, sharing=SHARING)
         try:
             await controller.start()
             yield guest, base, controller

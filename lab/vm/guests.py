@@ -6,9 +6,9 @@ import asyncio
 import itertools
 from pathlib import Path
 
+from lab.vm.host import GUEST_PORT, Calls, Host
+from lab.vm.machine import Machine, free_directory
 from storaged.rpc.proto import vm_guest_pb2
-from tests.vm.host import GUEST_PORT, Calls, Host
-from tests.vm.machine import Machine, free_directory
 
 READY_S = 60.0
 CIDS = itertools.count(100)
