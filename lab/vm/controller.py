@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from lab.vm.guests import VirtualGuest
+from lab.vm.host import GUEST_PORT, READY_PORT
 
 KNOWN_S = 60.0
 
 
 class Controller:
-    """One pool with the disks of some guests, who are reached over their vsock devices."""
+    """One pool with the disks of some guests, who are reached over their vsock devices.
 
-    def __init__(self, directory: Path, guests: dict[str, tuple[VirtualGuest, Path]], *, sharing: str = "") -> None:
+    By a relay that says CONNECT, or `hybrid`: it does so itself, and listens where they call.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        guests: dict[str, tuple[VirtualGuest, Path]],
+        *,
+        sharing: str = "",
+        hybrid: bool = False,
+    ) -> None:
         self._count = len(guests)
         self._address = f"unix:{directory}/host.sock"
         self._settings, self.log = directory / "host.toml", directory / "host.log"
@@ -28,7 +39,7 @@ class Controller:
         tables = [
             f"""
 [guest.{name}]
-address = "unix:{guest.host.relayed}"
+{_reached(guest, hybrid=hybrid)}
 image = "{disk}"
 control = "qmp:{guest.machine.control}"
 pid_file = "{guest.machine.pid_file}"
@@ -49,9 +60,17 @@ path = "{pool}"
 
     async def start(self) -> None:
         """Returns once it knows every guest's filesystem."""
+        self.begin_serving()
+        await self.knows()
+
+    def begin_serving(self) -> None:
+        """Start it."""
         command = [sys.executable, "-m", "storaged.host", "serve", "--config", str(self._settings)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    async def knows(self) -> None:
+        """Returns once every guest has told of its filesystem."""
         deadline = time.monotonic() + KNOWN_S
         while True:
             found = await self.guests()
@@ -91,3 +110,9 @@ path = "{pool}"
                 self._process.kill()
         if self._process is not None:
             self._process.wait()
+
+
+def _reached(guest: VirtualGuest, *, hybrid: bool) -> str:
+    if not hybrid:
+        return f'address = "unix:{guest.host.relayed}"'
+    return f'address = "hybrid:{guest.machine.uds}:{GUEST_PORT}"\npeer = "hybrid:{guest.machine.uds}_{READY_PORT}"'

@@ -105,8 +105,12 @@ class VirtualGuest(Calls):
 
     async def serve(self, settings: str = SETTINGS) -> None:
         """The daemon becomes process 1; returns once VmReady came."""
-        await self.machine.run(settings_script(settings))
+        await self.start_daemon(settings)
         await self.hear()
+
+    async def start_daemon(self, settings: str = SETTINGS) -> None:
+        """The daemon becomes process 1."""
+        await self.machine.run(settings_script(settings))
 
     async def hear(self) -> None:
         """Returns once VmReady came."""
