@@ -190,7 +190,7 @@ async def cuts(make_guest: MakeGuest, several: Path, count: int) -> None:
     """`count` of each kind; says what was hit."""
     began = time.monotonic()
     with workspace(memory()) as place:
-        base = await asyncio.to_thread(make_base, place / "base", SIZE, file=FILE, files=FILES)
+        base = await asyncio.to_thread(make_base, place / "base", SIZE, file=FILE, files=FILES, kept_every=6)
         seed = int(os.environ.get("VM_SEED", "1"))
         chains = [Chain(make_guest, several, place, base, seed * 100 + number) for number in range(AT_ONCE)]
         async with asyncio.TaskGroup() as all_of_them:

@@ -27,7 +27,7 @@ HOST, DISK = 1664 * MIB, 2560 * MIB
 RESERVE = 448 * MIB
 OTHERS = 640 * MIB
 """What somebody else on the host writes in the meantime."""
-WRITES_S = 45
+WRITES_S = 40
 FOLDER = "/mnt/stateful/files"
 FILE = 4 * MIB
 WRITER = f"""
