@@ -29,6 +29,7 @@ from lab.vm.guests import VirtualGuest
 from lab.vm.host import EMPTY
 from lab.vm.saved import Saved, save
 from storaged.host import superblock
+from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.units import GIB, MIB
 
 HOST, PROMISED, RESERVE = 3 * GIB, 4 * GIB, 512 * MIB
@@ -38,7 +39,7 @@ WRITE = f"""mkdir {FILES}; n=0
 while dd if=/dev/urandom of={FILES}/$n bs=1M count=8 conv=fsync 2>/tmp/said; do n=$((n+1)); done
 rm {FILES}/$n; echo $n; grep -c 'No space left' /tmp/said"""
 IO_ERRORS = "dmesg | grep -cE 'I/O error|BTRFS.*(error|forced readonly|aborted)'; true"
-SHARING = f'reserve_least = "{RESERVE}"\nbase = "128MiB"'
+SHARING = f'reserve_least = "{RESERVE}"\nbase = "128MiB"\nlow = "512MiB"\ncritical = "256MiB"'
 
 
 @dataclass
@@ -141,7 +142,12 @@ async def gives_back(play: Play) -> None:
 
 async def resizes(play: Play) -> None:
     """Image, device and filesystem, from the host's command line."""
-    play.screen.scene("4. storagectl resizes guest b")
+    play.screen.scene("4. storagectl resizes guest b, once the host is no longer full")
+    (play.pool / "others").unlink()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(60):
+            while (await play.guests["b"].report()).pressure.level == pb.LEVEL_CRITICAL:  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
     for size, wanted in (("6G", 6 * GIB), ("3G", 3 * GIB)):
         began = time.monotonic()
         code, out, err = await play.controller.ctl("resize", "b", size, "--yes")

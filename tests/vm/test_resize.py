@@ -32,7 +32,7 @@ SLOW = 24 * MIB
 async def site(make_guest: MakeGuest) -> AsyncIterator[tuple[VirtualGuest, Base, Controller]]:
     """A guest on a used disk in a small host filesystem, with the host's daemon."""
     with small_host(HOST) as pool:
-        base = await asyncio.to_thread(make_base, pool / "stateful", SIZE, above=7 * GIB // 2, files=20, kept_every=2)
+        base = await asyncio.to_thread(make_base, pool / "stateful", SIZE, above=7 * GIB // 2)
         guest = make_guest()
         await guest.begin_serving(base.path, werror="enospc")
         await guest.start_termina()
