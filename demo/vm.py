@@ -29,7 +29,6 @@ from lab.vm.guests import VirtualGuest
 from lab.vm.host import EMPTY
 from lab.vm.saved import Saved, save
 from storaged.host import superblock
-from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.units import GIB, MIB
 
 HOST, PROMISED, RESERVE = 3 * GIB, 4 * GIB, 512 * MIB
@@ -39,7 +38,7 @@ WRITE = f"""mkdir {FILES}; n=0
 while dd if=/dev/urandom of={FILES}/$n bs=1M count=8 conv=fsync 2>/tmp/said; do n=$((n+1)); done
 rm {FILES}/$n; echo $n; grep -c 'No space left' /tmp/said"""
 IO_ERRORS = "dmesg | grep -cE 'I/O error|BTRFS.*(error|forced readonly|aborted)'; true"
-SHARING = f'reserve_least = "{RESERVE}"\nbase = "128MiB"\nlow = "512MiB"\ncritical = "256MiB"'
+SHARING = f'reserve_least = "{RESERVE}"\nbase = "128MiB"'
 
 
 @dataclass
@@ -95,7 +94,7 @@ async def promises(play: Play) -> None:
 
 async def fills_up(play: Play) -> None:
     """The host fills up while a guest writes at full speed."""
-    play.screen.scene("2. The host fills up while guest a writes at full speed")
+    play.screen.scene("3. The host fills up while guest a writes at full speed")
     least = HOST
 
     async def others() -> None:
@@ -124,7 +123,7 @@ async def fills_up(play: Play) -> None:
 
 async def gives_back(play: Play) -> None:
     """What is deleted returns."""
-    play.screen.scene("3. Files are deleted in guest a")
+    play.screen.scene("4. Files are deleted in guest a")
     machine, disk = play.guests["a"].machine, play.disks["a"]
     before = host_bytes(disk)
     gone = int(await machine.run(f"du -sm {FILES} | cut -f1")) * MIB
@@ -140,30 +139,33 @@ async def gives_back(play: Play) -> None:
     )
 
 
-async def resizes(play: Play) -> None:
-    """Image, device and filesystem, from the host's command line."""
-    play.screen.scene("4. storagectl resizes guest b, once the host is no longer full")
-    (play.pool / "others").unlink()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(60):
-            while (await play.guests["b"].report()).pressure.level == pb.LEVEL_CRITICAL:  # noqa: ASYNC110
-                await asyncio.sleep(0.5)
-    for size, wanted in (("6G", 6 * GIB), ("3G", 3 * GIB)):
-        began = time.monotonic()
-        code, out, err = await play.controller.ctl("resize", "b", size, "--yes")
-        for line in (out + err).strip().split("\n")[-1:]:
-            play.screen.say(line)
-        disk = play.disks["b"]
-        sizes = (disk.stat().st_size, superblock.read(str(disk)).size)
-        play.check(
-            f"image and filesystem have {gib(wanted)} after {time.monotonic() - began:.1f} s",
-            code == 0 and sizes == (wanted, wanted),
-        )
+async def grows(play: Play) -> None:
+    """Before the host is full."""
+    play.screen.scene("2. storagectl grows guest b: image, the kernel's disk, filesystem")
+    await _resize(play, "6G", 6 * GIB)
+
+
+async def shrinks(play: Play) -> None:
+    """Whatever the host has left."""
+    play.screen.scene("5. storagectl shrinks guest b")
+    await _resize(play, "3G", 3 * GIB)
+
+
+async def _resize(play: Play, size: str, wanted: int) -> None:
+    began = time.monotonic()
+    code, out, err = await play.controller.ctl("resize", "b", size, "--yes")
+    play.screen.say((out + err).strip().split("\n")[-1])
+    disk = play.disks["b"]
+    sizes = (disk.stat().st_size, superblock.read(str(disk)).size)
+    play.check(
+        f"image and filesystem have {gib(wanted)} after {time.monotonic() - began:.1f} s",
+        code == 0 and sizes == (wanted, wanted),
+    )
 
 
 async def ends(play: Play) -> None:
     """Both are turned off, and their disks looked at."""
-    play.screen.scene("5. Both machines are turned off")
+    play.screen.scene("6. Both machines are turned off")
     for guest in play.guests.values():
         await guest.maitred.Shutdown(EMPTY, timeout=30)
     codes = [await guest.machine.ended() for guest in play.guests.values()]
@@ -200,7 +202,7 @@ async def play_all(screen: Screen, directory: Path, saved: Saved) -> list[str]:
                 f"two machines, VmReady over vsock, StartTermina on blank disks: {time.monotonic() - began:.1f} s"
             )
             painter = asyncio.create_task(play.draw())
-            for act in (promises, fills_up, gives_back, resizes, ends):
+            for act in (promises, grows, fills_up, gives_back, shrinks, ends):
                 await act(play)
         except BaseException:
             for guest in guests.values():

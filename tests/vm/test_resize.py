@@ -72,12 +72,12 @@ async def test_grow_and_shrink_by_the_command_line(site: tuple[VirtualGuest, Bas
     # Down, interrupted once on the way: everything is as it was.
     await guest.machine.throttle(guest.disk, SLOW)
     shown = await interrupted(controller, "3G", at=5)
-    await guest.machine.throttle(guest.disk, 0)
     print(f"interrupted:\n{shown}")
     assert sizes(disk) == (LARGE, LARGE)
     assert (await guest.status()).current_size == LARGE
 
-    # Down to the end: filesystem, the guest's disk, image.
+    # Down to the end: filesystem, the guest's disk, image; slow enough to be watched.
+    await guest.machine.throttle(guest.disk, 2 * SLOW)
     began = time.monotonic()
     code, out, err = await controller.ctl("resize", "vm", "3G", "--yes")
     print(f"3G in {time.monotonic() - began:.1f} s:\n{out}{err}")
