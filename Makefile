@@ -9,7 +9,7 @@ RUFF  := $(PY) -m ruff
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-vm test-vm-long fuzz soak adversary lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
+.PHONY: help setup demo demo-vm test test-long test-vm test-vm-long fuzz soak adversary lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
 	lock clean
 
 help: ## Show this list
@@ -32,12 +32,15 @@ test-long: setup ## Run the slow tests too
 	@LONG=1 JOBS=$(JOBS) tools/test.sh $(ARGS)
 
 test-vm: setup ## Run the tests in a virtual machine (QEMU, Debian's kernel), or say in one line why not
-	@tools/vm.sh || echo 'test-vm: some parts cannot be had; the tests are skipped'
-	@$(PY) -m pytest -q -m "vm and not slow" tests/vm $(ARGS)
+	@why=$$(tools/vm.sh --why); if [ -n "$$why" ]; then echo "test-vm: left out: $$why"; else \
+		$(PY) -m pytest -q -m "vm and not slow" tests/vm $(ARGS); fi
 
 test-vm-long: setup ## The same with two hundred power cuts of each kind: about an hour
-	@tools/vm.sh || echo 'test-vm: some parts cannot be had; the tests are skipped'
-	@$(PY) -m pytest -q -m vm -rP tests/vm $(ARGS)
+	@why=$$(tools/vm.sh --why); if [ -n "$$why" ]; then echo "test-vm: left out: $$why"; else \
+		$(PY) -m pytest -q -m vm -rP tests/vm $(ARGS); fi
+
+demo-vm: setup ## The same with two true virtual machines, over vsock (QEMU, Debian's kernel)
+	@why=$$(tools/vm.sh --why); if [ -n "$$why" ]; then echo "demo-vm: left out: $$why"; else $(PY) demo/vm.py $(ARGS); fi
 
 lint: setup ## Check style, formatting, types, who imports whom, and the generated docs
 	@$(RUFF) check --quiet --output-format concise $(PATHS)

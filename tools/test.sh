@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests: first those that may run side by side, then, one at a time, those that need a real btrfs.
+# Runs the tests: first those that may run side by side, then, one at a time, those that need a real btrfs, and last
+# a selection of those in a virtual machine (LONG=1: all of them but the two hundred power cuts).
 #   tools/test.sh [PYTEST ARGS...]
 # JOBS=N processes for the first part. LONG=1 runs the slow ones too.
 set -uo pipefail
@@ -31,5 +32,14 @@ part() {
 
 part "without a real filesystem" "not btrfs and not vm$and_not_slow" -n "${JOBS:-2}" "$@"
 part "on btrfs, one at a time" "btrfs and not vm$and_not_slow" ${LONG:+-rP} "$@"
+why=$(tools/vm.sh --why)
+if [[ -n $why ]]; then
+    echo "test: in a virtual machine: left out: $why"
+else
+    and_not_more=" and not vm_more" cuts=4
+    if [[ -n ${LONG:-} ]]; then and_not_more='' cuts=20; fi
+    export VM_CUTS=${VM_CUTS:-$cuts}
+    part "in a virtual machine" "vm and not slow$and_not_more" ${LONG:+-rP} "$@"
+fi
 if [[ -z ${LONG:-} ]]; then echo "test: left out the slow tests; \`make test-long\` runs them"; fi
 exit "$failed"

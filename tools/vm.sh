@@ -4,8 +4,20 @@
 #   vsock    vhost-device-vsock, unpacked: a vsock device that needs nothing of this machine's kernel
 #   debs     the packages of the guest's system
 # Only QEMU is installed (as root), unless it is there. Exit code 1 when any of it cannot be had; the tests skip then.
+#   tools/vm.sh --why   the same; says in one line why no virtual machine can run here, and nothing when one can
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ ${1:-} == --why ]]; then
+    mkdir -p build
+    if tools/vm.sh >build/vm.log 2>&1; then
+        .venv/bin/python -m lab.vm.parts
+    else
+        why=$(grep . build/vm.log | tail -n 1 || true)
+        echo "${why:-tools/vm.sh failed}"
+    fi
+    exit
+fi
 
 kernel=linux-image-amd64
 newest=forky # the first release with vhost-device-vsock

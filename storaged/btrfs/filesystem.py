@@ -112,10 +112,11 @@ class BtrfsFilesystem:
         device = self._fs.dev_info(self.devid)
         data = "allocation/mixed" if self._mixed else "allocation/data"
         metadata = "allocation/mixed" if self._mixed else "allocation/metadata"
-        used = sum(
-            self._number(f"{data}/{part}")
-            for part in ("bytes_used", "bytes_reserved", "bytes_may_use", "bytes_readonly")
-        )
+        operation = self._text("exclusive_operation")
+        parts = ["bytes_used", "bytes_reserved", "bytes_may_use"]
+        if operation != "balance":
+            parts.append("bytes_readonly")  # else it is the chunk that is being emptied: its room comes back
+        used = sum(self._number(f"{data}/{part}") for part in parts)
         data_total = self._number(f"{data}/total_bytes")
         metadata_total = self._number(f"{metadata}/total_bytes")
         size: int = device.total_bytes
@@ -136,7 +137,7 @@ class BtrfsFilesystem:
             metadata_copies=self._copies(metadata, metadata_total),
             mixed=self._mixed,
             read_only=self.read_only(),
-            exclusive_operation=self._text("exclusive_operation"),
+            exclusive_operation=operation,
         )
 
     def metadata_headroom(self) -> int:

@@ -39,7 +39,8 @@ class HostReport:
 class Space:
     """How a filesystem's bytes are spent, from the kernel's own accounting (sysfs `allocation/`).
 
-    `data_used` counts what is written, what is reserved for writes under way and what is read-only; pinned
+    `data_used` counts what is written, what is reserved for writes under way and what is read-only, but for the chunk
+    that a balance empties: balloons must not give room for what is only hidden for a moment. Pinned
     bytes (freed, not yet committed) count as free because the next commit frees them. `unallocated` is what
     can become chunks. All logical bytes but `unallocated`, `size` and `device`, which are bytes of the device.
     """

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from lab.loop import run
+from lab.vm.controller import Controller
+from lab.vm.disks import blank, free, host_bytes, mounted, small_host
+from lab.vm.guests import VirtualGuest
 from storaged.units import MIB
 from tests.vm.conftest import MakeGuest
-from tests.vm.controller import Controller
-from tests.vm.disks import blank, free, host_bytes, mounted, small_host
-from tests.vm.guests import VirtualGuest
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
@@ -27,7 +27,7 @@ HOST, DISK = 1664 * MIB, 2560 * MIB
 RESERVE = 448 * MIB
 OTHERS = 640 * MIB
 """What somebody else on the host writes in the meantime."""
-WRITES_S = 45
+WRITES_S = 40
 FOLDER = "/mnt/stateful/files"
 FILE = 4 * MIB
 WRITER = f"""
@@ -141,7 +141,9 @@ async def test_with_the_controller_the_guest_meets_no_space_and_never_an_error(
     # QEMU's own default: at the first write that finds the host full it would stop.
     await machine.begin_serving(disk, werror="enospc")
     await machine.start_termina()
-    controller = Controller(machine, disk, sharing=f'reserve_least = "{RESERVE}"\nbase = "64MiB"')
+    controller = Controller(
+        machine.machine.directory, {"vm": (machine, disk)}, sharing=f'reserve_least = "{RESERVE}"\nbase = "64MiB"'
+    )
     try:
         await controller.start()
         seen = await fill(machine, pool)
@@ -179,6 +181,7 @@ async def test_with_the_controller_the_guest_meets_no_space_and_never_an_error(
     print(f"{len(seen.kept)} durable files, all whole")
 
 
+@pytest.mark.vm_more
 async def test_without_the_controller_the_same_is_damage(guest: tuple[VirtualGuest, Path]) -> None:
     machine, disk = guest
     await machine.begin_serving(disk)

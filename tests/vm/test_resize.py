@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from lab.loop import run
+from lab.vm.controller import Controller
+from lab.vm.disks import Base, check, host_bytes, make_base, small_host
+from lab.vm.guests import VirtualGuest
+from lab.vm.host import EMPTY
 from storaged.host import superblock
 from storaged.units import GIB, MIB
 from tests.vm.conftest import MakeGuest
-from tests.vm.controller import Controller
-from tests.vm.disks import Base, check, host_bytes, make_base, small_host
-from tests.vm.guests import VirtualGuest
-from tests.vm.host import EMPTY
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 HOST, SIZE, LARGE = 24 * GIB, 6 * GIB, 12 * GIB
@@ -36,7 +36,7 @@ async def site(make_guest: MakeGuest) -> AsyncIterator[tuple[VirtualGuest, Base,
         guest = make_guest()
         await guest.begin_serving(base.path, werror="enospc")
         await guest.start_termina()
-        controller = Controller(guest, base.path, sharing=SHARING)
+        controller = Controller(guest.machine.directory, {"vm": (guest, base.path)}, sharing=SHARING)
         try:
             await controller.start()
             yield guest, base, controller
@@ -72,12 +72,12 @@ async def test_grow_and_shrink_by_the_command_line(site: tuple[VirtualGuest, Bas
     # Down, interrupted once on the way: everything is as it was.
     await guest.machine.throttle(guest.disk, SLOW)
     shown = await interrupted(controller, "3G", at=5)
-    await guest.machine.throttle(guest.disk, 0)
     print(f"interrupted:\n{shown}")
     assert sizes(disk) == (LARGE, LARGE)
     assert (await guest.status()).current_size == LARGE
 
-    # Down to the end: filesystem, the guest's disk, image.
+    # Down to the end: filesystem, the guest's disk, image; slow enough to be watched.
+    await guest.machine.throttle(guest.disk, 2 * SLOW)
     began = time.monotonic()
     code, out, err = await controller.ctl("resize", "vm", "3G", "--yes")
     print(f"3G in {time.monotonic() - began:.1f} s:\n{out}{err}")

@@ -14,13 +14,13 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lab.loop import run, workspace
+from lab.vm.disks import blank
+from lab.vm.guests import VirtualGuest
+from lab.vm.host import EMPTY
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB, MIB
 from tests.vm import ninep
 from tests.vm.conftest import MakeGuest
-from tests.vm.disks import blank
-from tests.vm.guests import VirtualGuest
-from tests.vm.host import EMPTY
 from tests.vm.ninep import Export
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]

@@ -11,15 +11,15 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lab.loop import run
+from lab.vm.disks import Base, check, make_base
+from lab.vm.guests import VirtualGuest
+from lab.vm.host import EMPTY
 from storaged.rpc.proto import storaged_v1_pb2 as v1
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB, MIB
 from tests.vm.conftest import MakeGuest
-from tests.vm.disks import Base, check, make_base
-from tests.vm.guests import VirtualGuest
-from tests.vm.host import EMPTY
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vm, pytest.mark.vm_more, pytest.mark.timeout(300)]
 YEAR = 365 * 86400
 SIZE = 3 * GIB
 

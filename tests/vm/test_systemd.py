@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from lab.loop import run
+from lab.vm.disks import blank
+from lab.vm.guests import SETTINGS
+from lab.vm.host import EMPTY
+from lab.vm.parts import ROOT
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB
 from tests.vm.conftest import MakeGuest
-from tests.vm.disks import blank
-from tests.vm.guests import SETTINGS
-from tests.vm.host import EMPTY
-from tests.vm.parts import ROOT
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vm, pytest.mark.vm_more, pytest.mark.timeout(300)]
 UNIT = "storaged-guest.service"
 STATE = f"systemctl list-jobs; systemctl --failed; systemctl status {UNIT}; journalctl -b --no-pager | tail -n 60"
 INSTALL = f"""

@@ -10,10 +10,10 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from lab.vm.host import EMPTY, connect_to
+from lab.vm.parts import kernel_release
 from storaged.rpc.proto import vm_guest_pb2
 from tests.vm.conftest import MakeGuest
-from tests.vm.host import EMPTY, connect_to
-from tests.vm.parts import kernel_release
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
@@ -111,6 +111,7 @@ async def test_one_call_that_is_answered_with_three_megabytes(make_guest: MakeGu
     assert set(got) == {expected}
 
 
+@pytest.mark.vm_more
 async def test_programs_run_and_one_that_fails_is_reported(make_guest: MakeGuest) -> None:
     guest = make_guest()
     await guest.begin()

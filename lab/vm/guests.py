@@ -6,9 +6,9 @@ import asyncio
 import itertools
 from pathlib import Path
 
+from lab.vm.host import GUEST_PORT, Calls, Host
+from lab.vm.machine import Machine, free_directory
 from storaged.rpc.proto import vm_guest_pb2
-from tests.vm.host import GUEST_PORT, Calls, Host
-from tests.vm.machine import Machine, free_directory
 
 READY_S = 60.0
 CIDS = itertools.count(100)
@@ -105,8 +105,12 @@ class VirtualGuest(Calls):
 
     async def serve(self, settings: str = SETTINGS) -> None:
         """The daemon becomes process 1; returns once VmReady came."""
-        await self.machine.run(settings_script(settings))
+        await self.start_daemon(settings)
         await self.hear()
+
+    async def start_daemon(self, settings: str = SETTINGS) -> None:
+        """The daemon becomes process 1."""
+        await self.machine.run(settings_script(settings))
 
     async def hear(self) -> None:
         """Returns once VmReady came."""

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.vm.parts import BUILD, GUEST, ROOT, kernel, kernel_release
+from lab.vm.parts import BUILD, GUEST, ROOT, kernel, kernel_release
 
 MODULES = (
     *("virtio_pci", "virtio_blk", "virtio_net", "ext4", "overlay", "btrfs", "9p", "9pnet_fd"),

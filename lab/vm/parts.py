@@ -39,3 +39,7 @@ def kernel() -> Path:
 def kernel_release() -> str:
     """Its name, as uname says it."""
     return kernel().name.removeprefix("vmlinuz-")
+
+
+if __name__ == "__main__" and (reason := why_not()):
+    print(reason)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.vm import image
-from tests.vm.parts import VSOCK, kernel
-from tests.vm.qmp import Qmp
+from lab.vm import image
+from lab.vm.parts import VSOCK, kernel
+from lab.vm.qmp import Qmp
 
 MEMORY_MIB = 1024
 BOOT_S, AGENT_S, END_S = 90.0, 60.0, 60.0

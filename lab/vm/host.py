@@ -138,6 +138,8 @@ class Host(Calls):
 
     def __init__(self, uds: Path) -> None:
         self.uds = uds
+        self.hears = True
+        """False: somebody else listens where VmReady comes in."""
         self.startup = _Listener()
         self.crashes = _Crashes()
         self._servers: list[grpc.aio.Server] = []
@@ -153,6 +155,8 @@ class Host(Calls):
         vm_host_pb2_grpc.add_StartupListenerServicer_to_server(self.startup, startup)
         vm_crash_pb2_grpc.add_CrashListenerServicer_to_server(self.crashes, crashes)
         for port, server in ((READY_PORT, startup), (CRASH_PORT, crashes)):
+            if port == READY_PORT and not self.hears:
+                continue
             server.add_insecure_port(f"unix:{self.uds}_{port}")
             await server.start()
             self._servers.append(server)
