@@ -10,14 +10,12 @@ import pytest
 from lab.vm.controller import Controller
 from lab.vm.disks import blank
 from lab.vm.machine import until
-from storaged import addresses
 from storaged.units import GIB
 from tests.vm.conftest import MakeGuest
 
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(not hasattr(addresses, "HybridAddress"), reason="storaged-host has no address for such devices"),
 ]
 
 
