@@ -12,6 +12,7 @@ import btrfs
 from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYSTEM
 
 from storaged.btrfs import ioctl, search
+from storaged.btrfs.swap import pinned_ranges
 from storaged.core.model import Space
 from storaged.errors import FilesystemError, Kind, Unsupported
 from storaged.resize.layout import Chunk, Layout
@@ -168,6 +169,7 @@ class BtrfsFilesystem:
             used = {group.vaddr: group.used for group in self._fs.block_groups()}
             device = self._fs.dev_info(self.devid)
             rooms = self._rooms(used)
+            pinned = pinned_ranges(self._uuid)
             chunks = tuple(
                 Chunk(
                     logical=chunk.vaddr,
@@ -178,6 +180,8 @@ class BtrfsFilesystem:
                     stripes=tuple(stripe.offset for stripe in chunk.stripes),
                     stripe_length=chunk.length,  # single and DUP: a stripe is as long as the chunk
                     rooms=tuple(rooms.get(chunk.vaddr, ())) if chunk.type & BLOCK_GROUP_DATA else (),
+                    # FIEMAP joins extents that follow each other, also across chunks.
+                    pinned=any(start < chunk.vaddr + chunk.length and chunk.vaddr < start + n for start, n in pinned),
                 )
                 for chunk in self._fs.chunks()
             )

@@ -75,7 +75,7 @@ def _below(layout: Layout, ordered: Sequence[Chunk], count: int, reach: _Reach, 
     )
 
 
-def _promising(  # noqa: PLR0912, PLR0915  # one sweep with its sums in locals, for speed
+def _promising(  # noqa: C901, PLR0912, PLR0915  # one sweep with its sums in locals, for speed
     layout: Layout, ordered: Sequence[Chunk], reach: _Reach
 ) -> Iterator[int]:
     """How many chunks may go, deepest first. Each test is weaker than that of `fit`, so none that fits is left out."""
@@ -95,6 +95,8 @@ def _promising(  # noqa: PLR0912, PLR0915  # one sweep with its sums in locals, 
     system = moves = anything = 0
     gap = len(gaps)
     for count, chunk in enumerate(ordered, 1):
+        if chunk.pinned:
+            break
         device = len(chunk.stripes) * chunk.stripe_length
         unallocated += device
         if chunk.kind == "data":

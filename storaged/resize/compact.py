@@ -32,6 +32,7 @@ def next_chunk(layout: Layout, tried: Collection[int]) -> Chunk | None:
         chunk
         for chunk in data
         if chunk.held
+        and not chunk.pinned
         and chunk.logical not in tried
         and sum(chunk.rooms) + chunk.balloon >= WORTH_MOVING
         and everywhere - sum(chunk.rooms) >= chunk.held

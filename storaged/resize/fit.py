@@ -68,6 +68,8 @@ def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], 
 
     Room that `moving` itself takes up below `size` is free only afterwards, so it does not count.
     """
+    if pinned := next((chunk for chunk in moving if chunk.pinned), None):
+        return f"data chunk at {pinned.top - pinned.stripe_length} cannot move: an active swap file lies in it"
     last_data = _last_data(moving, staying)
     if last_data is None and not any(chunk.held or chunk.kind != "data" for chunk in moving):
         return ""

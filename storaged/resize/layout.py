@@ -32,6 +32,8 @@ class Chunk:
     """Lengths of the pieces of free room in it; data chunks only."""
     balloon_rooms: tuple[int, ...] = ()
     """Lengths of the balloon's pieces in it: room as well, once the balloon gives it up."""
+    pinned: bool = False
+    """An active swap file lies in it: the kernel does not move it."""
 
     @property
     def top(self) -> int:

@@ -189,6 +189,37 @@ def test_the_minimum_is_reached(seed: int, make_guest: MakeGuest, make_daemon: M
     guest.check()
 
 
+def test_an_active_swap_file_is_named_and_not_promised_away(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    guest = make_guest(2 * GIB)
+    root = guest.mountpoint
+    fill(root / "filler", 1100 * MIB)
+    support.sync(guest)
+    swap = root / "swap file"
+    swap.touch(mode=0o600)
+    run("chattr", "+C", swap)
+    run("dd", "if=/dev/zero", f"of={swap}", "bs=1M", "count=300")  # more than the chunks below have left
+    run("mkswap", swap)
+    (root / "filler").unlink()
+    fill(root / "small", 50 * MIB)
+    support.sync(guest)
+    daemon = make_daemon(guest)
+    without = daemon.minimum()
+    run("swapon", "-p", "0", swap)
+    try:
+        minimum = daemon.minimum()
+        assert minimum > without
+        report = daemon.report()
+        assert "swap file" in report.bounds.why
+        assert _resized(daemon, minimum).current_size == minimum
+        daemon.storage.Resize(storaged_v1_pb2.ResizeRequest(size_bytes=256 * MIB, best_effort=True), timeout=20)
+        daemon.wait_resized()
+        job = daemon.report().job
+        assert (job.state, "swap file" in job.reason) == (storaged_v1_pb2.JOB_DONE, True), job
+    finally:
+        run("swapoff", swap)
+    daemon.stop()
+
+
 def test_a_best_effort_goes_on_where_the_promise_ends(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     guest = make_guest(4 * GIB)
     run("btrfs", "filesystem", "sync", guest.mountpoint)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storaged.btrfs.swap import swap_files
+from storaged.resize.bounds import compute
 from storaged.resize.compact import empty_chunks, metadata_is_safe, next_chunk
 from storaged.resize.layout import Chunk, Layout
 from storaged.units import GIB, MIB
@@ -56,6 +58,27 @@ def test_nothing_is_rewritten_when_metadata_is_short_or_mixed() -> None:
     for other in (full, mixed):
         assert not metadata_is_safe(replace(picture, chunks=(other, *picture.chunks[1:])))
         assert next_chunk(replace(picture, chunks=(other, *picture.chunks[1:])), ()) is None
+
+
+def test_what_an_active_swap_file_pins_is_neither_rewritten_nor_cut_away() -> None:
+    pinned = replace(data(2, 40 * MIB), pinned=True)
+    picture = layout(data(0, 90 * MIB), pinned, data(1, 60 * MIB))
+    assert next_chunk(picture, {data(1, 0).logical, data(0, 0).logical}) is None
+    bounds = compute(picture, lambda _: MIB)
+    assert bounds.minimum == pinned.top
+    free = replace(picture, chunks=tuple(replace(chunk, pinned=False) for chunk in picture.chunks))
+    assert compute(free, lambda _: MIB).minimum < pinned.top
+
+
+def test_swap_files_are_told_from_devices_and_their_names_from_octal() -> None:
+    text = (
+        "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+        "/dev/vdb                                partition\t1048572\t\t0\t\t-2\n"
+        "/mnt/swap\\040file                      file\t\t16380\t\t0\t\t0\n"
+        "/mnt/plain                              file\t\t16380\t\t0\t\t-3\n"
+    )
+    assert swap_files(text) == ["/mnt/swap file", "/mnt/plain"]
+    assert swap_files("") == []
 
 
 def test_metadata_that_is_short_is_safe_where_another_chunk_of_it_has_room() -> None:
