@@ -193,6 +193,8 @@ class StorageService(Writer):
         await self._settle_tasks()
         if self._state.balloon.reason:
             raise FilesystemError(f"the balloon could not be released: {self._state.balloon.reason}")
+        if held := await self._in("read", self._engine.size):
+            raise FilesystemError(f"the balloon is not released yet: {held} bytes are held", kind=Kind.BUSY)
 
     async def suspend(self) -> None:
         """Everything durable before the machine sleeps."""

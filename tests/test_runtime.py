@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from storaged import runtime
+from storaged import runtime, writer
 from storaged.core import events as ev
 from storaged.core.machine import State
 from storaged.core.model import Config, DirtyLimits, Told
@@ -68,6 +68,18 @@ async def test_a_snapshot_never_goes_back(guest: Guest) -> None:
 async def ended(guest: Guest) -> bool:
     """True when no job is active."""
     return guest.state.active_job is None
+
+
+async def test_a_release_that_is_not_through_is_not_said_to_be(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "ANSWER_WITHIN_S", 0.3)
+    await guest.service.report(Told.NORMAL, 3 * GIB)
+    let_go = guest.disk.faults.hang("remove")
+    with pytest.raises(FilesystemError, match="not released yet"):
+        await guest.service.release()
+    let_go.set()
+    guest.disk.faults.clear()
+    await guest.service.release()
+    assert guest.service.world.balloon.size() == 0
 
 
 async def test_the_answer_is_true_when_it_comes(guest: Guest) -> None:
