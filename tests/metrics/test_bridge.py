@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,3 +99,9 @@ def test_prometheus_own_tool_reads_it() -> None:
     text = written(Fixed(Metric(GAUGE, {('a"\\\n', "b"): 1}), Metric(COUNTER, {(): 2})))
     done = promtool("check", "metrics", stdin=text.encode())
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_who_serves_no_metrics_does_not_load_the_library() -> None:
+    program = "import sys, storaged.app, storaged.host.service; sys.exit('prometheus_client' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == 0
