@@ -267,7 +267,7 @@ class _Beside:
         """Serve metrics if they were asked for. Raises StoragedError."""
         address = self._options.settings.serve.metrics
         if address and self._exporter is None and self.server is not None:
-            from storaged.metrics import exporter  # 5 MB that a daemon without metrics need not carry
+            from storaged.metrics import exporter  # 8 MB that a daemon without metrics need not carry
             from storaged.metrics.calls import CallsCollector
 
             self._exporter = exporter.serve(storage, address, CallsCollector(self.server))

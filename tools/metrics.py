@@ -30,6 +30,7 @@ the scrape configuration: see [monitoring](monitoring.md).
 
 A scrape reads what the daemon has published and the kernel's own accounting in memory. It waits at most 3 ms for the
 latter; a disk that hangs makes the values of the filesystem those of the last scrape, nothing else.
+`?name[]=NAME` asks for some alone. Beyond 16 connections at once a further one is closed unanswered.
 Nothing is encrypted or asked for a password: serve them on a loopback address, a unix socket or a network you trust.
 """
 ABOUT_CALLS = """## Calls to the guest

@@ -32,6 +32,8 @@ class _Watched:
 class HostCollector:
     """Made on the event loop; collected from any thread: what it reads is frozen."""
 
+    families = f.HOST
+
     def __init__(self, controllers: Sequence[Controller]) -> None:
         self._pools = [_Watched(controller) for controller in controllers]
         self._rebalances: Counter[str] = Counter(dict.fromkeys(f.REASONS, 0))

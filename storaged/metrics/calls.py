@@ -33,6 +33,8 @@ CALLS = (STARTED, HANDLED, SECONDS, OPEN, ACCEPTED, DROPPED)
 class CallsCollector:
     """What callers did: every method and code, and who came over vsock."""
 
+    families = CALLS
+
     def __init__(self, server: Server) -> None:
         self._server = server
 

@@ -18,6 +18,8 @@ from storaged.runtime import StorageService
 class StorageCollector:
     """The guest's metrics. Made on the event loop; collected from any thread."""
 
+    families = GUEST
+
     def __init__(self, storage: StorageService) -> None:
         self._storage = storage
         self._reader = SpaceReader(storage)

@@ -9,16 +9,16 @@ import socket
 import stat
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
-from http import HTTPStatus
-from socketserver import StreamRequestHandler, TCPServer, ThreadingMixIn
+from collections.abc import Callable
+from socketserver import TCPServer, ThreadingMixIn
 from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import make_wsgi_app
 
 from storaged.addresses import TcpAddress, UnixAddress, parse_address
 from storaged.errors import ConfigError, Kind, StoragedError
-from storaged.metrics import exposition
-from storaged.metrics.exposition import Collector
+from storaged.metrics.bridge import Source, registry
 
 if TYPE_CHECKING:
     from storaged.runtime import StorageService
@@ -26,79 +26,37 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SOCKET_MODE = 0o660
 SILENCE_S = 10.0
-"""A connection that has not asked by then is dropped, so that it does not hold a thread."""
+"""A connection that says nothing for this long is dropped, so that it does not hold a thread."""
 MOST_AT_ONCE = 16
 """Connections beyond these are closed unanswered: a scraper asks again."""
-MOST_LINE, MOST_LINES = 4096, 64
-PATH = "/metrics"
 
 
-class BadRequest(Exception):
-    """What came is no request."""
-
-
-class _Handler(StreamRequestHandler):
-    """One request, one answer, the end: HTTP as far as scrapers and curl need it."""
-
+class _Handler(WSGIRequestHandler):
     timeout = SILENCE_S
-    server: _Server
 
-    def handle(self) -> None:
-        try:
-            method, path, headers = self._asked(time.monotonic() + SILENCE_S)
-        except BadRequest as error:
-            self._answer(HTTPStatus.BAD_REQUEST, str(error))
-            return
-        if method not in ("GET", "HEAD"):
-            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "GET is accepted", allow="GET, HEAD")
-        elif path != PATH:
-            self._answer(HTTPStatus.NOT_FOUND, f"metrics are at {PATH}")
-        else:
-            kind = exposition.chosen(headers.get("accept", ""))
-            self._answer(HTTPStatus.OK, exposition.written(self.server.collectors, kind), kind, empty=method == "HEAD")
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # named as in http.server
+        """Nothing: a line every few seconds tells nobody anything."""
 
-    def _asked(self, until: float) -> tuple[str, str, dict[str, str]]:
-        words = self._line(until).split()
-        if len(words) != 3 or not words[2].startswith("HTTP/1."):
-            raise BadRequest("not HTTP/1")
-        headers: dict[str, str] = {}
-        for _ in range(MOST_LINES):
-            line = self._line(until)
-            if not line:
-                return words[0], words[1].partition("?")[0], headers
-            name, _, value = line.partition(":")
-            headers[name.strip().lower()] = value.strip()
-        raise BadRequest("too many headers")
-
-    def _line(self, until: float) -> str:
-        line = self.rfile.readline(MOST_LINE)
-        if not line.endswith(b"\n") or time.monotonic() > until:
-            raise BadRequest("incomplete, too long or too late")
-        return line.decode("latin-1").strip()
-
-    def _answer(
-        self, status: HTTPStatus, body: str, kind: str = exposition.TEXT, *, allow: str = "", empty: bool = False
-    ) -> None:
-        content = body.encode()
-        head = [
-            f"HTTP/1.1 {status.value} {status.phrase}",
-            f"Content-Type: {kind}",
-            f"Content-Length: {len(content)}",
-            "Connection: close",
-            *([f"Allow: {allow}"] if allow else []),
-        ]
-        self.wfile.write("\r\n".join([*head, "", ""]).encode() + (b"" if empty else content))
+    def address_string(self) -> str:
+        """Who asks, without a look into the DNS."""
+        return str(self.client_address[0])
 
 
-class _Server(ThreadingMixIn, TCPServer):
+class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    allow_reuse_address = True
     request_queue_size = 16
-    collectors: Sequence[Collector] = ()
 
     def __init__(self, address: Any) -> None:
         self._places = threading.BoundedSemaphore(MOST_AT_ONCE)
         super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """As HTTPServer does, which looks into the DNS for a name, and for a port where there is none."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "localhost", 0
+        if self.address_family != socket.AF_UNIX:
+            self.server_port = self.server_address[1]
+        self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread of its own, if there are not too many."""
@@ -130,6 +88,11 @@ class _UnixServer(_Server):
     address_family = socket.AF_UNIX
     allow_reuse_address = False
 
+    def get_request(self) -> tuple[Any, Any]:
+        """With a peer's address of the shape that HTTP handlers expect."""
+        connection, _ = self.socket.accept()
+        return connection, ("local", 0)
+
 
 class Exporter:
     """A running HTTP server."""
@@ -144,7 +107,7 @@ class Exporter:
     @property
     def port(self) -> int:
         """The TCP port, also when 0 was asked for; 0 for a unix socket."""
-        return 0 if self._path is not None else int(self._server.server_address[1])
+        return self._server.server_port
 
     def shutdown(self) -> None:
         """Answer no more."""
@@ -170,7 +133,7 @@ def parse(address: str) -> TcpAddress | UnixAddress:
     return parsed
 
 
-def serve(storage: StorageService, address: str, *more: Collector) -> Exporter:
+def serve(storage: StorageService, address: str, *more: Source) -> Exporter:
     """Serve /metrics on `HOST:PORT` or `unix:/path`, with what `more` collects. Raises StoragedError."""
     from storaged.metrics.collector import StorageCollector  # a host's daemon serves no guest's metrics
 
@@ -182,7 +145,7 @@ def serve(storage: StorageService, address: str, *more: Collector) -> Exporter:
         raise
 
 
-def serve_collectors(address: str, close: Callable[[], None], *collectors: Collector) -> Exporter:
+def serve_collectors(address: str, close: Callable[[], None], *collectors: Source) -> Exporter:
     """The same for any collectors; `close` is called at the end. Raises StoragedError."""
     parsed = parse(address)
     try:
@@ -190,12 +153,12 @@ def serve_collectors(address: str, close: Callable[[], None], *collectors: Colle
     except OSError as error:
         message = f"cannot serve metrics on {address}: {error.strerror or error}"
         raise StoragedError(message, Kind.UNAVAILABLE) from error
-    server.collectors = collectors
+    server.set_app(make_wsgi_app(registry(*collectors)))
     exporter = Exporter(server, close, parsed.path if isinstance(parsed, UnixAddress) else None)
     if isinstance(parsed, UnixAddress):
         log.info("metrics at %s", parsed)
     else:
-        log.info("metrics at http://%s:%d%s", parsed.host, exporter.port, PATH)
+        log.info("metrics at http://%s:%d/metrics", parsed.host, exporter.port)
     return exporter
 
 

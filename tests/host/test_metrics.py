@@ -16,17 +16,16 @@ from storaged.host.families import LEVELS, REASONS
 from storaged.host.metrics import HostCollector
 from storaged.host.model import books
 from storaged.host.service import Host
-from storaged.metrics.exposition import written
 from tests.host.test_controller import until
 from tests.host.test_saga_service import Bench, running
-from tests.metrics.support import promtool
+from tests.metrics.support import promtool, written
 
 
 def samples(collector: HostCollector) -> dict[Any, float]:
     """By name and labels, as a scraper reads them."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(written([collector]))
+        for family in text_string_to_metric_families(written(collector))
         for sample in family.samples
     }
 
@@ -75,7 +74,7 @@ async def test_every_label_value_is_there_from_the_start(tmp_path: Path) -> None
 async def test_promtool_has_nothing_to_say(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         await granted(bench)
-        done = promtool("check", "metrics", stdin=written([HostCollector(bench.host.controllers)]).encode())
+        done = promtool("check", "metrics", stdin=written(HostCollector(bench.host.controllers)).encode())
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 

@@ -9,14 +9,17 @@ import subprocess
 from typing import Any, Self
 
 import pytest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 
 from lab.prometheus import find
 from storaged.addresses import UnixAddress
 from storaged.metrics import exporter
+from storaged.metrics.bridge import Source, registry
 from storaged.runtime import StorageService
 
 Key = tuple[Any, ...]
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
 def tool(name: str) -> str:
@@ -32,6 +35,12 @@ def promtool(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess
     return subprocess.run(
         [tool("promtool"), *arguments], input=stdin.decode(), capture_output=True, text=True, check=False
     )
+
+
+def written(*sources: Source, accept: str = "") -> str:
+    """What a scraper reads that accepts this."""
+    encoder, _ = choose_encoder(accept)
+    return encoder(registry(*sources)).decode()
 
 
 def samples(text: str) -> dict[Key, float]:

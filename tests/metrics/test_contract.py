@@ -13,12 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from storaged.errors import FilesystemError
 from storaged.metrics.collector import StorageCollector
-from storaged.metrics.exposition import OPENMETRICS, written
 from storaged.metrics.families import GUEST, REACTION_BUCKETS
 from storaged.metrics.family import ALWAYS, Type
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB
-from tests.metrics.support import Served, promtool, samples
+from tests.metrics.support import OPENMETRICS, Served, promtool, samples, written
 from tests.rpc.conftest import Guest, until
 
 MOST_SERIES = 100
@@ -53,7 +52,7 @@ async def everything(guest: Guest) -> None:
 
 async def test_names_types_and_labels_are_the_contracts(guest: Guest, collector: StorageCollector) -> None:
     await everything(guest)
-    served = {family.name: family for family in text_string_to_metric_families(written([collector]))}
+    served = {family.name: family for family in text_string_to_metric_families(written(collector))}
     assert not await guest.idle(), "the job was to run still"
     for family in GUEST:
         found = served.pop(family.name.removesuffix("_total") if family.type is Type.COUNTER else family.name, None)
@@ -70,40 +69,38 @@ async def test_names_types_and_labels_are_the_contracts(guest: Guest, collector:
 
 
 async def test_what_is_always_there_is_there_at_once_and_nothing_else(collector: StorageCollector) -> None:
-    names = {
-        sample.name for family in text_string_to_metric_families(written([collector])) for sample in family.samples
-    }
+    names = {sample.name for family in text_string_to_metric_families(written(collector)) for sample in family.samples}
     always = {name for family in GUEST if family.present == ALWAYS for name in family.samples}
     assert names == always
 
 
 async def test_there_are_few_series(guest: Guest, collector: StorageCollector) -> None:
     await everything(guest)
-    assert len(samples(written([collector]))) <= MOST_SERIES
+    assert len(samples(written(collector))) <= MOST_SERIES
 
 
 async def test_promtool_has_nothing_to_say(guest: Guest, collector: StorageCollector) -> None:
     await everything(guest)
-    done = promtool("check", "metrics", stdin=written([collector]).encode())
+    done = promtool("check", "metrics", stdin=written(collector).encode())
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 async def test_openmetrics_says_the_same(guest: Guest, collector: StorageCollector) -> None:
     await guest.report_free(3 * GIB)
-    text = written([collector], OPENMETRICS)
+    text = written(collector, accept=OPENMETRICS)
     found = {
         (sample.name, *sorted(sample.labels.items())): sample.value
         for family in parse_openmetrics(text)  # type: ignore[no-untyped-call]
         for sample in family.samples
     }
-    assert found == samples(written([collector]))
+    assert found == samples(written(collector))
 
 
 async def test_a_reaction_is_measured_from_the_report_to_the_target(guest: Guest, collector: StorageCollector) -> None:
     def buckets() -> dict[str, float]:
         return {
             dict(labels)["le"]: value
-            for (name, *labels), value in samples(written([collector])).items()
+            for (name, *labels), value in samples(written(collector)).items()
             if name == "storaged_balloon_reaction_seconds_bucket"
         }
 
@@ -123,7 +120,7 @@ async def test_a_reaction_is_measured_from_the_report_to_the_target(guest: Guest
     assert len(buckets()) == len(REACTION_BUCKETS) + 1
     updates = {
         dict(labels)["result"]: value
-        for (name, *labels), value in samples(written([collector])).items()
+        for (name, *labels), value in samples(written(collector)).items()
         if name == "storaged_balloon_updates_total"
     }
     assert updates == {"success": 1, "failed": 1, "ignored": 0}, "a retry by ourselves is no call of the host"
@@ -131,7 +128,7 @@ async def test_a_reaction_is_measured_from_the_report_to_the_target(guest: Guest
 
 async def test_what_applications_write_is_seen_at_the_next_scrape(guest: Guest, collector: StorageCollector) -> None:
     def available() -> float:
-        return samples(written([collector]))["storaged_filesystem_available_bytes",]
+        return samples(written(collector))["storaged_filesystem_available_bytes",]
 
     before = available()
     guest.disk.write(GIB)
@@ -140,25 +137,25 @@ async def test_what_applications_write_is_seen_at_the_next_scrape(guest: Guest, 
 
 async def test_a_read_only_filesystem_is_told(guest: Guest, collector: StorageCollector) -> None:
     key = ("storaged_filesystem_read_only",)
-    assert samples(written([collector]))[key] == 0
+    assert samples(written(collector))[key] == 0
     guest.disk.read_only = True
-    assert samples(written([collector]))[key] == 1
+    assert samples(written(collector))[key] == 1
 
 
 async def test_a_disk_that_hangs_keeps_the_last_values_and_one_thread(
     guest: Guest, collector: StorageCollector
 ) -> None:
-    first = samples(written([collector]))
+    first = samples(written(collector))
     guest.disk.faults.hang("space")
     before = guest.disk.faults.calls["space"]
     guest.disk.write(GIB)
     for _ in range(5):
-        assert samples(written([collector])) == first
+        assert samples(written(collector)) == first
     assert guest.disk.faults.calls["space"] == before + 1, "reads must not pile up"
     guest.disk.faults.clear()
 
     async def fresh() -> bool:
-        now = samples(written([collector]))
+        now = samples(written(collector))
         key = ("storaged_filesystem_available_bytes",)
         return first[key] - now[key] == GIB
 

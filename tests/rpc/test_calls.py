@@ -23,13 +23,13 @@ from storaged.errors import Kind, StoragedError
 from storaged.logs import REQUEST_ID, RPC_METHOD
 from storaged.metrics.calls import CallsCollector
 from storaged.metrics.collector import StorageCollector
-from storaged.metrics.exposition import written
 from storaged.rpc import vsock
 from storaged.rpc.calls import BUCKETS
 from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.rpc.vsock import Relay
 from storaged.units import GIB
+from tests.metrics.support import written
 from tests.rpc.conftest import EMPTY, Guest, refused, until
 
 CODE = grpc.StatusCode
@@ -39,7 +39,7 @@ Call = Callable[..., Awaitable[Any]]
 def scraped(guest: Guest) -> dict[str, float]:
     """What Prometheus would read, by name and labels."""
     found = {}
-    for family in text_string_to_metric_families(written([CallsCollector(guest.server)])):
+    for family in text_string_to_metric_families(written(CallsCollector(guest.server))):
         for sample in family.samples:
             labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
             found[f"{sample.name}{{{labels}}}"] = float(sample.value)
@@ -193,7 +193,7 @@ async def test_a_guest_has_no_more_than_a_hundred_series(guest: Guest) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
             await call(b"")
     both = (StorageCollector(guest.service), CallsCollector(guest.server))
-    lines = [line for line in written(both).splitlines() if not line.startswith("#")]
+    lines = [line for line in written(*both).splitlines() if not line.startswith("#")]
     assert 60 < len(lines) <= 100, len(lines)
 
 

@@ -7,11 +7,11 @@ import asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from storaged.metrics.collector import StorageCollector
-from storaged.metrics.exposition import written
 from storaged.resize.job import JobState
 from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.units import GIB
+from tests.metrics.support import written
 from tests.rpc.conftest import Guest, refused, until
 
 
@@ -24,7 +24,7 @@ class Scraper:
     def read(self) -> dict[str, float]:
         """Value by name and labels, as in `storaged_balloon_state{state="idle"}`."""
         found = {}
-        for family in text_string_to_metric_families(written([self._collector])):
+        for family in text_string_to_metric_families(written(self._collector)):
             for sample in family.samples:
                 labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
                 found[f"{sample.name}{{{labels}}}" if labels else sample.name] = float(sample.value)

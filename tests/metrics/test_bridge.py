@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from storaged.metrics.exposition import OPENMETRICS, TEXT, chosen, written
+from storaged.metrics.bridge import registry
 from storaged.metrics.family import Distribution, Family, Metric, Type
-from tests.metrics.support import promtool
+from tests.metrics.support import OPENMETRICS, promtool, written
 
 NUMBERS = st.one_of(st.integers(-(2**53), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False), st.booleans())
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n"), max_size=20)
@@ -25,12 +28,22 @@ HISTOGRAM = Family("h_seconds", Type.HISTOGRAM, "Took", (("one", ()),))
 class Fixed:
     """Has these metrics."""
 
+    families = (GAUGE, COUNTER, HISTOGRAM)
+
     def __init__(self, *metrics: Metric) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         """Them."""
         return iter(self._metrics)
+
+
+class Unreadable(Fixed):
+    """Has metrics that cannot be read."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Not at all."""
+        raise OSError("gone")
 
 
 def read(parse: Any, text: str) -> dict[Any, float]:
@@ -63,24 +76,32 @@ def test_every_value_comes_back(
     wanted["h_seconds_sum", (("one", "x"),)] = total
     wanted["h_seconds_count", (("one", "x"),)] = sum(parts)
     wanted = {name: float(value) for name, value in wanted.items()}
-    assert read(parse_text, written([fixed])) == wanted
-    assert read(parse_openmetrics, written([fixed], OPENMETRICS)) == wanted
-
-
-def test_bytes_lose_no_digit() -> None:
-    assert "c_total 9223372036854775807\n" in written([Fixed(Metric(COUNTER, {(): 2**63 - 1}))])
+    assert read(parse_text, written(fixed)) == wanted
+    assert read(parse_openmetrics, written(fixed, accept=OPENMETRICS)) == wanted
 
 
 def test_what_has_no_value_is_not_mentioned() -> None:
-    assert written([Fixed(Metric(COUNTER))], OPENMETRICS) == "\n# EOF\n".lstrip()
+    assert written(Fixed(Metric(COUNTER)), accept=OPENMETRICS) == "# EOF\n"
+
+
+def test_registering_reads_nothing() -> None:
+    made = registry(Unreadable())
+    with pytest.raises(OSError, match="gone"):
+        list(made.collect())
+
+
+def test_two_that_have_the_same_are_refused() -> None:
+    with pytest.raises(ValueError, match="c_total"):
+        registry(Fixed(), Fixed())
 
 
 def test_prometheus_own_tool_reads_it() -> None:
-    text = written([Fixed(Metric(GAUGE, {('a"\\\n', "b"): 1}), Metric(COUNTER, {(): 2}))])
+    text = written(Fixed(Metric(GAUGE, {('a"\\\n', "b"): 1}), Metric(COUNTER, {(): 2})))
     done = promtool("check", "metrics", stdin=text.encode())
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_who_asks_for_openmetrics_gets_it() -> None:
-    assert chosen("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5") == OPENMETRICS
-    assert chosen("text/plain") == chosen("") == chosen("*/*") == TEXT
+def test_who_serves_no_metrics_does_not_load_the_library() -> None:
+    program = "import sys, storaged.app, storaged.host.service; sys.exit('prometheus_client' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == 0
