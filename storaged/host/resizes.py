@@ -120,17 +120,20 @@ class Resizes:
             image, filesystem = await asyncio.to_thread(known, path)
             await self._agree(guest, to, filesystem or 0)
             saga = Saga(f"{guest}-{uuid.uuid4().hex[:12]}", guest, to, time.time(), filesystem or 0, image or 0)
-            job = Job(saga)
-            self._jobs[job.saga.id] = job
+            job = self._jobs[saga.id] = Job(saga)
             self._forget()
-            try:
-                await self._save()
-            except OSError as error:
-                del self._jobs[job.saga.id]
-                raise StoragedError(f"journal {self._journal.path}: {error.strerror}") from error
+            # What was begun is finished, whether or not the caller waits: a resize that nobody drives never ends.
+            return await asyncio.shield(asyncio.create_task(self._launch(job), name=f"begin {saga.id}"))
         finally:
             self._beginning.discard(guest)
-        log.info("%s: a resize to %s begins", guest, format_size(to))
+
+    async def _launch(self, job: Job) -> Saga:
+        try:
+            await self._save()
+        except OSError as error:
+            del self._jobs[job.saga.id]
+            raise StoragedError(f"journal {self._journal.path}: {error.strerror}") from error
+        log.info("%s: a resize to %s begins", job.saga.guest, format_size(job.saga.to))
         self._start(job, sagas.begun(job.saga))
         self._world.changed()
         return job.saga

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,53 @@ async def test_a_disk_that_takes_no_journal_stops_it_before_its_work(
         with pytest.raises(StoragedError, match="No space left"):
             await bench.resizes.begin("g", LARGE)
     bench.sizes()
+
+
+async def _given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
+    """A caller who gives up while the host's disk, full or busy, takes its time with the first page."""
+    writing, go_on, save = threading.Event(), threading.Event(), Journal.save
+
+    def slow(journal: Journal, sagas: Sequence[Saga]) -> None:
+        writing.set()
+        assert go_on.wait(10)
+        if error is not None:
+            raise error
+        save(journal, sagas)
+
+    monkeypatch.setattr(Journal, "save", slow)
+    caller = asyncio.create_task(bench.resizes.begin("g", LARGE))
+    assert await asyncio.to_thread(writing.wait, 10)
+    caller.cancel()  # as gRPC does when the call's deadline has passed
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    with pytest.raises(StoragedError, match="running already"):
+        await bench.resizes.begin("g", LARGE)
+    monkeypatch.setattr(Journal, "save", save)
+    go_on.set()
+
+
+async def test_a_caller_who_gives_up_leaves_no_resize_that_nobody_drives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, SMALL)
+    async with running(bench):
+        await _given_up(bench, monkeypatch)
+        saga = await bench.ends(bench.resizes.snapshot[0].id)
+        assert saga.outcome is Outcome.DONE, "what was begun is finished"
+        assert bench.sizes() == (LARGE, LARGE)
+        again = await bench.ends((await bench.resizes.begin("g", SMALL)).id)
+        assert again.outcome is Outcome.DONE, "it stands in nobody's way"
+
+
+async def test_a_caller_who_gives_up_before_the_disk_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path, SMALL)
+    async with running(bench):
+        await _given_up(bench, monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+        async with asyncio.timeout(5):
+            while bench.resizes.snapshot:
+                await asyncio.sleep(0.002)
+        saga = await bench.ends((await bench.resizes.begin("g", LARGE)).id)
+        assert saga.outcome is Outcome.DONE
 
 
 async def test_what_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
