@@ -102,7 +102,7 @@ class Controller:
         self.unread = ""
         """Why the pool cannot be read; empty when it can."""
         self._closing: set[asyncio.Task[None]] = set()
-        world = World(self._image, self._agent, self._sized, self._changed)
+        world = World(self._image, self._agent, self._sized, self._changed, self._room)
         self._resizes = Resizes(pool.name, resizing or Resizing(), world)
 
     def observe(self, observer: Observer) -> None:
@@ -172,6 +172,13 @@ class Controller:
         """The most that a guest's image can take is another; counted before anything that is told later."""
         self._step(ev.GuestChanged(name, time.monotonic(), size=size))
         self._news.set()
+
+    def _room(self) -> int:
+        """What the pool has beyond its reserve. Raises StoragedError while that is not known."""
+        pool = self.state.pool
+        if self.unread or pool.at is None:
+            raise StoragedError(self.unread or f"pool {self.pool.name} was not looked at yet", Kind.UNAVAILABLE)
+        return pool.free - pool.reserve
 
     def _changed(self) -> None:
         for observer in self._observers:
