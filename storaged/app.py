@@ -389,7 +389,11 @@ def uninstall(stateful: str, state_dir: str) -> list[str]:
     done = []
     record = world.journal.load()
     if record is not None:
-        found = from_record(record, 0.0).dirty_found
+        found = None
+        try:
+            found = from_record(record, 0.0).dirty_found
+        except ValueError as error:
+            done.append(f"journal cannot be believed ({error}): the write-back limits stay as they are")
         if found is not None:
             world.sysctl.set_dirty_limits(found)
             done.append("write-back limits restored")

@@ -23,6 +23,7 @@ from storaged.addresses import (
     LONGEST_UNIX_PATH,
     Address,
     GuestAddress,
+    TcpAddress,
     VsockAddress,
     parse_address,
     parse_guest_address,
@@ -153,13 +154,19 @@ def parse(document: dict[str, Any]) -> HostConfig:
     tls = _table("tls", document.get("tls", {}), ("authority", "certificate", "key"))
     if tls and len(tls) < 3:
         raise ConfigError("[tls] needs authority, certificate and key")
+    discovery = _discovery(document["discovery"], pools) if "discovery" in document else None
+    if not tls:
+        for guest in guests:
+            _within_reach(f"guest.{guest.name}.address", str(guest.address), guest.address)
+        if discovery is not None:
+            _within_reach("discovery.address", discovery.address, _example(discovery.address))
     return HostConfig(
         pools,
         guests,
         tuple(_address("serve.listen", item) for item in listen),
         _sharing(document.get("sharing", {})),
         Tls(**{key: _text(f"tls.{key}", value) for key, value in tls.items()}),
-        _discovery(document["discovery"], pools) if "discovery" in document else None,
+        discovery,
         _resize(document.get("resize", {})),
         console.parse(document.get("console", {})),
         metrics=_text("serve.metrics", serve["metrics"]) if "metrics" in serve else "",
@@ -247,9 +254,19 @@ def _discovery(table: Any, pools: tuple[PoolConfig, ...]) -> Discovery:
     for key, value in (("address", address), ("image", image)):
         if "{host}" not in value:
             raise ConfigError(f"discovery.{key} = {value!r} must contain {{host}}: every guest has its own")
-    # Any number will do: as a context id and as a host's name.
-    _guest_address("discovery.address", address.replace("{host}", "3"))
+    _example(address)
     return Discovery(address, image, _of("discovery", table, pools))
+
+
+def _example(address: str) -> GuestAddress:
+    """An address as `discovery.address` makes them. Any number will do: as a context id and as a host's name."""
+    return _guest_address("discovery.address", address.replace("{host}", "3"))
+
+
+def _within_reach(key: str, written: str, address: GuestAddress) -> None:
+    """Without certificates a guest is called on this machine alone."""
+    if isinstance(address, TcpAddress) and not address.loopback:
+        raise ConfigError(f"{key} = {written!r} needs [tls]: it is not a loopback address")
 
 
 def _guest(name: str, table: Any, pools: tuple[PoolConfig, ...]) -> GuestConfig:

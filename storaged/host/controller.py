@@ -62,7 +62,10 @@ Observer = Callable[[State], None]
 
 @dataclass(slots=True)
 class Member:
-    """A guest as the controller holds it. `grant`: the call under way. Others may look, and change nothing."""
+    """A guest as the controller holds it. `grant`: the call under way. Others may look, and change nothing.
+
+    `unmet`: why there is no client though the machine runs.
+    """
 
     config: GuestConfig
     machine: Machine
@@ -70,6 +73,7 @@ class Member:
     grant: asyncio.Task[None] | None = None
     watch: asyncio.Task[None] | None = None
     running: bool = False
+    unmet: str = ""
 
 
 class Controller:
@@ -98,7 +102,7 @@ class Controller:
         self.unread = ""
         """Why the pool cannot be read; empty when it can."""
         self._closing: set[asyncio.Task[None]] = set()
-        world = World(self._image, self._agent, self._sized, self._changed)
+        world = World(self._image, self._agent, self._sized, self._changed, self._room)
         self._resizes = Resizes(pool.name, resizing or Resizing(), world)
 
     def observe(self, observer: Observer) -> None:
@@ -132,6 +136,8 @@ class Controller:
         if not member.running:
             self._joined(member)
             return
+        if member.client is None:
+            self._meet(member)
         if member.grant is not None:
             member.grant.cancel()
         self.tell(ev.GuestRestarted(guest, time.monotonic()))
@@ -166,6 +172,13 @@ class Controller:
         """The most that a guest's image can take is another; counted before anything that is told later."""
         self._step(ev.GuestChanged(name, time.monotonic(), size=size))
         self._news.set()
+
+    def _room(self) -> int:
+        """What the pool has beyond its reserve. Raises StoragedError while that is not known."""
+        pool = self.state.pool
+        if self.unread or pool.at is None:
+            raise StoragedError(self.unread or f"pool {self.pool.name} was not looked at yet", Kind.UNAVAILABLE)
+        return pool.free - pool.reserve
 
     def _changed(self) -> None:
         for observer in self._observers:
@@ -261,7 +274,8 @@ class Controller:
     async def _grant(self, member: Member, grant: ev.SetGrant) -> None:
         client, name = member.client, grant.guest
         if client is None:
-            self.tell(ev.GrantFailed(name, grant.seq, "its machine has ended", time.monotonic(), certain=True))
+            reason = member.unmet or "its machine has ended"
+            self.tell(ev.GrantFailed(name, grant.seq, reason, time.monotonic(), certain=True))
             return
         try:
             await client.set_available(grant.size, self.state.pool.pressure.level, self.state.settings.answer_s)
@@ -326,6 +340,8 @@ class Controller:
                 self._joined(member)
             elif not runs and member.running:
                 self._left(member)
+            elif runs and member.client is None:
+                self._meet(member)
 
     def _joined(self, member: Member) -> None:
         config = member.config
@@ -333,13 +349,27 @@ class Controller:
         if image is None:
             return  # no image: not prepared yet; `_machines` asks again
         member.running = True
-        member.client = self._connect(config)
-        member.watch = asyncio.create_task(self._watch(member, member.client))
         size = max(config.size, logical(config.image), image, self._resizes.size_of(config.name))
         self.tell(ev.GuestJoined(config.name, size, image, time.monotonic(), config.weight))
+        self._meet(member)
+
+    def _meet(self, member: Member) -> None:
+        """Make the client of a guest that runs. It writes, and so it counts, also when it cannot be called yet."""
+        try:
+            member.client = self._connect(member.config)
+        except (StoragedError, OSError) as error:  # its certificates are being replaced, say: `_machines` tries again
+            unmet = error.message if isinstance(error, StoragedError) else str(error)
+            if member.unmet != unmet:
+                log.warning("%s cannot be called: %s", member.config.name, unmet)
+            member.unmet = unmet
+            return
+        if member.unmet:
+            log.info("%s can be called now", member.config.name)
+        member.unmet = ""
+        member.watch = asyncio.create_task(self._watch(member, member.client))
 
     def _left(self, member: Member) -> None:
-        member.running = False
+        member.running, member.unmet = False, ""
         self._dropped(member)
         self.tell(ev.GuestLeft(member.config.name, time.monotonic()))
 

@@ -90,6 +90,7 @@ def pool(controller: Controller, total: int | None, points: Sequence[Point]) -> 
 def guest(member: Member, controller: Controller, now: float, logical: int | None) -> pb.Guest:
     """A guest, with what it last reported; `logical`: its image's length, as seen lately."""
     config, believed = member.config, controller.state.guests.get(member.config.name)
+    away = "" if member.client is not None else member.unmet or "it does not run"
     answer = pb.Guest(
         name=config.name,
         pool=config.pool,
@@ -98,9 +99,9 @@ def guest(member: Member, controller: Controller, now: float, logical: int | Non
         image=config.image,
         logical_bytes=logical or (believed.size if believed is not None else 0),
         weight=config.weight,
-        resizable=member.running,
-        not_resizable_reason="" if member.running else "it does not run",
-        stale_reason="it does not run",
+        resizable=not away,
+        not_resizable_reason=away,
+        stale_reason=away,
     )
     if believed is not None:
         answer.state = _PRESENCE[believed.presence]

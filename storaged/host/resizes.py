@@ -18,12 +18,15 @@ from storaged.host.images import ImageBackend, known
 from storaged.host.journal import Journal
 from storaged.host.saga_model import Saga
 from storaged.host.settings import Resizing
+from storaged.host.watch import allocated
 from storaged.units import MAX_SIZE, MIB, format_size, sector_floor
 
 log = logging.getLogger(__name__)
 
 LEAST = 16 * MIB
 """No btrfs is smaller than this; a smaller number is a slip."""
+MARGIN = 64 * MIB
+"""Beside an eighth of what a guest moves: the trees that it writes anew, and what others write meanwhile."""
 VERIFY_TRIES, VERIFY_S = 10, 0.2
 
 
@@ -37,7 +40,10 @@ class Job:
 
 
 class World:
-    """What resizes need of the controller: a guest's image and agent, and to be told sizes."""
+    """What resizes need of the controller: a guest's image and agent, and to be told sizes.
+
+    `room`: bytes that the pool has beyond its reserve; raises StoragedError while that is not known.
+    """
 
     def __init__(
         self,
@@ -45,11 +51,13 @@ class World:
         agent: Callable[[str], Agent | None],
         sized: Callable[[str, int], None],
         changed: Callable[[], None],
+        room: Callable[[], int],
     ) -> None:
         self.image = image
         self.agent = agent
         self.sized = sized
         self.changed = changed
+        self.room = room
 
 
 class Resizes:
@@ -120,17 +128,20 @@ class Resizes:
             image, filesystem = await asyncio.to_thread(known, path)
             await self._agree(guest, to, filesystem or 0)
             saga = Saga(f"{guest}-{uuid.uuid4().hex[:12]}", guest, to, time.time(), filesystem or 0, image or 0)
-            job = Job(saga)
-            self._jobs[job.saga.id] = job
+            job = self._jobs[saga.id] = Job(saga)
             self._forget()
-            try:
-                await self._save()
-            except OSError as error:
-                del self._jobs[job.saga.id]
-                raise StoragedError(f"journal {self._journal.path}: {error.strerror}") from error
+            # What was begun is finished, whether or not the caller waits: a resize that nobody drives never ends.
+            return await asyncio.shield(asyncio.create_task(self._launch(job), name=f"begin {saga.id}"))
         finally:
             self._beginning.discard(guest)
-        log.info("%s: a resize to %s begins", guest, format_size(to))
+
+    async def _launch(self, job: Job) -> Saga:
+        try:
+            await self._save()
+        except OSError as error:
+            del self._jobs[job.saga.id]
+            raise StoragedError(f"journal {self._journal.path}: {error.strerror}") from error
+        log.info("%s: a resize to %s begins", job.saga.guest, format_size(job.saga.to))
         self._start(job, sagas.begun(job.saga))
         self._world.changed()
         return job.saga
@@ -166,6 +177,37 @@ class Resizes:
             raise StoragedError(
                 f"size {to} is below the least that {guest} can have: {least} ({format_size(least)})", Kind.OUT_OF_RANGE
             )
+        if to < filesystem:
+            await self._carry(guest, filesystem - to, self._world.room())
+
+    async def _carry(self, guest: str, cut: int, room: int) -> None:
+        """Raises StoragedError when the pool may not have what a shrink by `cut` takes.
+
+        What the guest moves is new space on the host until it is discarded. How much that is the guest alone knows:
+        not more than its image takes, nor than what is cut off.
+        """
+        path, _ = self._world.image(guest)
+        taken = await asyncio.to_thread(allocated, path)
+        moves = cut if taken is None else min(taken, cut)
+        needs = moves + moves // 8 + MARGIN
+        if needs > room:
+            raise StoragedError(
+                f"the pool cannot carry it: {guest} may move {moves} bytes ({format_size(moves)}), which the host "
+                f"holds twice until they are discarded; that takes {needs} bytes, and the pool has {max(room, 0)} "
+                f"({format_size(max(room, 0))}) beyond its reserve",
+                Kind.PRECONDITION,
+            )
+
+    async def _room(self) -> int:
+        """As `World.room`, patiently: just after the start nothing is known."""
+        until = time.monotonic() + self._settings.patience_s
+        while True:
+            try:
+                return self._world.room()
+            except StoragedError:
+                if time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(self._settings.poll_s)
 
     # --- one saga
 
@@ -245,6 +287,8 @@ class Resizes:
                 await backend.check()
                 filesystem = await backend.filesystem_size()
                 least = await work.patient(lambda agent: agent.minimum()) if job.saga.to < filesystem else 0
+                if least <= job.saga.to < filesystem:
+                    await self._carry(guest, filesystem - job.saga.to, await self._room())
                 return sm.Surveyed(await backend.size(), filesystem, least)
             case sm.GrowImage(size):
                 self._world.sized(guest, size)  # what it could take is promised before it can

@@ -54,10 +54,11 @@ class Bench:
         self.guest = Guest(self)
         self.backend = Image(self)
         self.runs = True
+        self.room: int | None = 100 * GIB
         self.resizes = self.new()
 
     def new(self) -> Resizes:
-        world = World(self._image, lambda _: self.guest if self.runs else None, self._sized, lambda: None)
+        world = World(self._image, lambda _: self.guest if self.runs else None, self._sized, lambda: None, self._room)
         self.resizes = Resizes("p", self.settings, world)
         return self.resizes
 
@@ -65,6 +66,11 @@ class Bench:
         if name != "g":
             raise StoragedError("no such guest", Kind.NOT_FOUND)
         return str(self.path), self.backend
+
+    def _room(self) -> int:
+        if self.room is None:
+            raise StoragedError("the pool was not looked at yet", Kind.UNAVAILABLE)
+        return self.room
 
     def _sized(self, _: str, size: int) -> None:
         self.told.append(size)

@@ -17,6 +17,7 @@ import pytest
 
 from lab.agent import agent, serve
 from storaged.addresses import TcpAddress, UnixAddress
+from storaged.host import encode
 from storaged.host.config import Discovery, GuestConfig, HostConfig, PoolConfig, Tls
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
@@ -225,6 +226,41 @@ async def test_what_an_ended_machine_had_goes_to_the_others(tmp_path: Path, mach
         machine.wait()
         await bench.until(lambda: bench.controller.state.guests["b"].presence is Presence.GONE)
         await bench.until(lambda: (bench.agents["a"].allowed or 0) > had)
+
+
+@pytest.mark.parametrize("announced", [False, True])
+async def test_a_guest_that_cannot_be_called_counts_all_the_same(
+    tmp_path: Path, machine: subprocess.Popen[bytes], caplog: pytest.LogCaptureFixture, announced: bool
+) -> None:
+    pid_file, authority = tmp_path / "b.pid", tmp_path / "ca.pem"
+    async with running(tmp_path, 40 * GIB, "a", "b", pid_files={"b": pid_file}) as bench:
+        controller, connect = bench.controller, bench.controller._connect
+        controller._connect = lambda guest: (
+            connect(guest)
+            if guest.name == "a" or authority.exists()
+            else GuestClient(guest.name, TcpAddress("192.0.2.1", 8888), Tls(str(authority), "none", "none"))
+        )
+        await bench.until(lambda: bench.bound("a"))
+        with caplog.at_level("INFO", "storaged.host.controller"):
+            pid_file.write_text(f"{machine.pid}\n")
+            if announced:
+                controller.ready("b")
+            await bench.until(lambda: "b" in controller.state.guests)
+            assert controller.state.guests["b"].runs
+            assert books(controller.state).unbound > 0, "what it may write is set aside"
+            if announced:
+                controller.ready("b")
+            await asyncio.sleep(2.2)  # two more tries
+            assert bench.bound("a")
+            assert not bench.bound("b")
+            told = encode.guest(controller.members["b"], controller, 0.0, None)
+            assert not told.resizable
+            assert "ca.pem: No such file" in told.not_resizable_reason
+            authority.touch()
+            await bench.until(lambda: bench.bound("a") and bench.bound("b"))
+        said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("b can")]
+        assert len(said) == 2
+        assert f"b cannot be called: TLS file {authority}: No such file" in said[0]
 
 
 @pytest.mark.parametrize(

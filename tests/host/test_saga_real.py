@@ -21,6 +21,7 @@ from storaged.host import superblock
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_host_v1_pb2_grpc
 from storaged.units import GIB, MIB
+from tests.btrfs import support
 from tests.btrfs.support import hashes, until
 
 pytestmark = pytest.mark.btrfs
@@ -107,6 +108,9 @@ class Host:
                 assert self.process.poll() is None, (self._bench.directory / "host.log").read_text()
             assert time.monotonic() < ends
             time.sleep(0.02)
+
+    def free(self) -> int:
+        return self.stub.GetPool(pb.GetPoolRequest(name="p"), timeout=5).free_bytes
 
     def resize(self, size: int) -> pb.Resize:
         return self.stub.Resize(pb.ResizeRequest(guest="g", size_bytes=size), timeout=20).resize
@@ -250,6 +254,36 @@ def test_a_balloon_makes_way_on_a_host_that_is_nearly_full(pool: Path) -> None:
             finally:
                 host.close()
             assert hashes(guest.mountpoint) == content
+    finally:
+        guest.close()
+
+
+def test_a_host_that_cannot_carry_a_shrink_begins_none(pool: Path) -> None:
+    guest = Guest(pool / "g", 2 * GIB)
+    try:
+        with Daemon(pool / "g", stateful=guest.mountpoint) as daemon:
+            bench = Bench(pool, guest, daemon)
+            bench.configure()
+            fill(guest.mountpoint / "data", 300 * MIB)
+            support.sync(guest)
+            # Before the host looks: who writes that much meanwhile makes its reserve larger, for a while.
+            stats = os.statvfs(pool)
+            with (pool / "others").open("wb") as others:
+                os.posix_fallocate(others.fileno(), 0, stats.f_bavail * stats.f_frsize - 350 * MIB)
+            host = Host(bench)
+            try:
+                host.resizable()
+                with pytest.raises(grpc.RpcError) as refused:
+                    host.resize(GIB)
+                assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION  # type: ignore[attr-defined]
+                assert "the pool cannot carry it" in refused.value.details()  # type: ignore[attr-defined]
+                assert not daemon.report().HasField("job"), "the guest was not asked"
+                (pool / "others").unlink()
+                until(lambda: host.free() > 500 * MIB)
+                assert host.ends(host.resize(GIB).id).state == pb.RESIZE_DONE
+                assert bench.sizes() == (GIB, GIB)
+            finally:
+                host.close()
     finally:
         guest.close()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from storaged.host.guests import Lost, Refused
 from storaged.host.images import ImageError
 from storaged.host.journal import Journal
 from storaged.host.saga_model import Outcome, Saga, Stage
-from storaged.units import GIB
+from storaged.units import GIB, MIB
 from tests.host.resizable import LARGE, SMALL, Bench, Guest, running
 
 BOTH = pytest.mark.parametrize(("start", "to"), [(SMALL, LARGE), (LARGE, SMALL)], ids=["grow", "shrink"])
@@ -215,6 +217,54 @@ async def test_a_disk_that_takes_no_journal_stops_it_before_its_work(
     bench.sizes()
 
 
+async def _given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
+    """A caller who gives up while the host's disk, full or busy, takes its time with the first page."""
+    writing, go_on, save = threading.Event(), threading.Event(), Journal.save
+
+    def slow(journal: Journal, sagas: Sequence[Saga]) -> None:
+        writing.set()
+        assert go_on.wait(10)
+        if error is not None:
+            raise error
+        save(journal, sagas)
+
+    monkeypatch.setattr(Journal, "save", slow)
+    caller = asyncio.create_task(bench.resizes.begin("g", LARGE))
+    assert await asyncio.to_thread(writing.wait, 10)
+    caller.cancel()  # as gRPC does when the call's deadline has passed
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    with pytest.raises(StoragedError, match="running already"):
+        await bench.resizes.begin("g", LARGE)
+    monkeypatch.setattr(Journal, "save", save)
+    go_on.set()
+
+
+async def test_a_caller_who_gives_up_leaves_no_resize_that_nobody_drives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, SMALL)
+    async with running(bench):
+        await _given_up(bench, monkeypatch)
+        saga = await bench.ends(bench.resizes.snapshot[0].id)
+        assert saga.outcome is Outcome.DONE, "what was begun is finished"
+        assert bench.sizes() == (LARGE, LARGE)
+        again = await bench.ends((await bench.resizes.begin("g", SMALL)).id)
+        assert again.outcome is Outcome.DONE, "it stands in nobody's way"
+
+
+async def test_a_caller_who_gives_up_before_the_disk_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path, SMALL)
+    async with running(bench):
+        await _given_up(bench, monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+        for _ in range(1000):
+            await asyncio.sleep(0.002)
+            if not bench.resizes.snapshot:
+                break
+        saga = await bench.ends((await bench.resizes.begin("g", LARGE)).id)
+        assert saga.outcome is Outcome.DONE
+
+
 async def test_what_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
     bench = Bench(tmp_path, LARGE)
     async with running(bench):
@@ -239,6 +289,59 @@ async def test_what_cannot_be_is_refused_at_once(tmp_path: Path) -> None:
         bench.runs = False
         with pytest.raises(StoragedError, match="does not run"):
             await bench.resizes.begin("g", LARGE)
+
+
+NEEDS = 64 * MIB + 9 * MIB
+"""For 8 MiB that may move."""
+
+
+@pytest.mark.parametrize("taken", [8 * MIB, None], ids=["by the image", "by what is cut"])
+async def test_a_shrink_that_the_pool_cannot_carry_is_not_begun(tmp_path: Path, taken: int | None) -> None:
+    bench = Bench(tmp_path, LARGE)
+    to = SMALL if taken else LARGE - 8 * MIB
+    with bench.path.open("r+b") as file:  # what a guest wrote
+        file.seek(GIB)
+        file.write(b"x" * ((taken or 16 * MIB) - bench.path.stat().st_blocks * 512))
+    if taken:
+        assert bench.path.stat().st_blocks * 512 == taken
+    bench.room = NEEDS - 1
+    async with running(bench):
+        with pytest.raises(
+            StoragedError, match=rf"g may move {8 * MIB} bytes .* {NEEDS} bytes, .* {NEEDS - 1} "
+        ) as error:
+            await bench.resizes.begin("g", to)
+        assert error.value.kind is Kind.PRECONDITION
+        assert bench.resizes.snapshot == ()
+        saga = await bench.ends((await bench.resizes.begin("g", LARGE + GIB)).id)
+        assert saga.outcome is Outcome.DONE, "a growth moves nothing"
+    assert bench.guest.target == LARGE + GIB
+
+
+async def test_a_pool_that_fills_up_before_the_guest_is_asked(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, LARGE)
+    async with running(bench):
+        begun = await bench.resizes.begin("g", SMALL)
+        bench.room = 0  # it is written down once more before anybody is asked
+        saga = await bench.ends(begun.id)
+    assert saga.outcome is Outcome.FAILED
+    assert "the pool cannot carry it" in saga.reason
+    assert bench.sizes() == (LARGE, LARGE)
+    assert bench.guest.target == 0, "the guest was not asked"
+
+
+async def test_a_shrink_waits_for_the_first_look_at_the_pool(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, LARGE)
+    bench.room = None
+    async with running(bench):
+        with pytest.raises(StoragedError, match="not looked at yet"):
+            await bench.resizes.begin("g", SMALL)
+        bench.room = 100 * GIB
+        begun = await bench.resizes.begin("g", SMALL)
+        bench.room = None
+        await asyncio.sleep(0.05)
+        assert bench.guest.target == 0
+        bench.room = 100 * GIB
+        assert (await bench.ends(begun.id)).outcome is Outcome.DONE
 
 
 async def test_a_kernel_that_never_sees_its_disk_gets_the_old_one_back(tmp_path: Path) -> None:
