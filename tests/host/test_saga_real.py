@@ -276,7 +276,7 @@ def test_a_host_that_cannot_carry_a_shrink_begins_none(pool: Path) -> None:
                 with pytest.raises(grpc.RpcError) as refused:
                     host.resize(GIB)
                 assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION  # type: ignore[attr-defined]
-                assert "the pool cannot carry it" in refused.value.details()  # type: ignore[attr-defined,operator]
+                assert "the pool cannot carry it" in refused.value.details()  # type: ignore[operator]
                 assert not daemon.report().HasField("job"), "the guest was not asked"
                 (pool / "others").unlink()
                 until(lambda: host.free() > 500 * MIB)
