@@ -57,7 +57,8 @@ class OnTerminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._process = subprocess.Popen(
-            ("setsid", "--ctty", "--wait", *CTL, "--guest", address, *arguments),
+            # Whoever started the tests in the background had them ignore SIGINT, and that is inherited.
+            ("env", "--default-signal=INT", "setsid", "--ctty", "--wait", *CTL, "--guest", address, *arguments),
             stdin=slave,
             stdout=slave,
             stderr=slave,
