@@ -54,6 +54,21 @@ class Guest:
         return compute(self.engine.layout(), self.engine.longest()).minimum
 
 
+Turns = list[tuple[str, int]]
+TURNS = st.lists(st.tuples(st.sampled_from(["write", "delete", "hold"]), st.integers(0, 8 * GIB)), max_size=10)
+
+
+def aged(size: int, turns: Turns) -> Guest:
+    """A filesystem that has lived through `turns`."""
+    guest = Guest(size)
+    for what, amount in turns:
+        if what == "hold":
+            guest.engine.hold(amount)
+        else:
+            getattr(guest.disk, what)(amount)
+    return guest
+
+
 @pytest.fixture
 def guest() -> Guest:
     return Guest()
@@ -85,15 +100,10 @@ def test_shrinking_goes_step_by_step_and_takes_the_balloons_room_first(guest: Gu
 
 @given(
     size=st.integers(256, 16 * 1024).map(lambda n: n * MIB),
-    turns=st.lists(st.tuples(st.sampled_from(["write", "delete", "hold"]), st.integers(0, 8 * GIB)), max_size=10),
+    turns=TURNS,
 )
-def test_the_bound_that_is_told_is_reached(size: int, turns: list[tuple[str, int]]) -> None:
-    guest = Guest(size)
-    for what, amount in turns:
-        if what == "hold":
-            guest.engine.hold(amount)
-        else:
-            getattr(guest.disk, what)(amount)
+def test_the_bound_that_is_told_is_reached(size: int, turns: Turns) -> None:
+    guest = aged(size, turns)
     used = sum(chunk.used for chunk in guest.disk.chunks)
     minimum = guest.minimum()
     if minimum >= size:
@@ -107,17 +117,10 @@ def test_the_bound_that_is_told_is_reached(size: int, turns: list[tuple[str, int
 @given(
     size=st.integers(512, 16 * 1024).map(lambda n: n * MIB),
     target=st.integers(0, 8 * 1024).map(lambda n: n * MIB),
-    turns=st.lists(st.tuples(st.sampled_from(["write", "delete", "hold"]), st.integers(0, 8 * GIB)), max_size=10),
+    turns=TURNS,
 )
-def test_with_best_effort_it_goes_at_least_as_far_as_was_promised(
-    size: int, target: int, turns: list[tuple[str, int]]
-) -> None:
-    guest = Guest(size)
-    for what, amount in turns:
-        if what == "hold":
-            guest.engine.hold(amount)
-        else:
-            getattr(guest.disk, what)(amount)
+def test_with_best_effort_it_goes_at_least_as_far_as_was_promised(size: int, target: int, turns: Turns) -> None:
+    guest = aged(size, turns)
     used = sum(chunk.used for chunk in guest.disk.chunks)
     minimum = guest.minimum()
     if target >= size:
