@@ -10,7 +10,7 @@ import pytest
 
 from dashboards.build import BOARDS
 from storaged.units import MIB
-from tests.btrfs.support import held
+from tests.btrfs.support import held, sync
 from tests.dashboards.grafana import faults
 from tests.dashboards.live import Live, real, stage
 from tests.dashboards.test_lint import load
@@ -56,6 +56,7 @@ def _differences(live: Live) -> dict[str, float]:
     }
     for member in live.scene.members:
         assert member.disk is not None
+        sync(member.disk)  # statvfs is true only after a commit
         for name, true in (
             ("image_allocated", member.image.stat().st_blocks * 512),
             ("guest_balloon", held(member.disk)),
