@@ -13,6 +13,7 @@ from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYST
 
 from storaged.btrfs import ioctl, search
 from storaged.btrfs.swap import pinned_ranges
+from storaged.core import trim
 from storaged.core.model import Space
 from storaged.errors import FilesystemError, Kind, Unsupported
 from storaged.resize.layout import Chunk, Layout
@@ -242,7 +243,25 @@ class BtrfsFilesystem:
 
     def trim(self) -> int:
         with kernel("discarding free space (FITRIM)"):
-            return ioctl.trim(self.fd)
+            trimmed = ioctl.trim(self.fd, 0, DEVICE_RANGE_RESERVED)  # no chunk begins there: what is unallocated
+            for piece in trim.pieces(self._free_extents()):
+                if trim.is_safe(piece, self._space()):
+                    trimmed += ioctl.trim(self.fd, piece.chunk.start, piece.chunk.length)
+            return trimmed
+
+    def _free_extents(self) -> Iterator[tuple[trim.ChunkRange, int, int]]:
+        """In ascending order, as of the last commit; without a free space tree a whole chunk counts as one."""
+        groups = sorted(self._fs.block_groups(), key=lambda group: group.vaddr)
+        ranges = [trim.ChunkRange(group.vaddr, group.length, _kind(group.flags)) for group in groups]
+        starts = [chunk.start for chunk in ranges]
+        none = True
+        for start, length in search.free_extents(self.fd):
+            none = False
+            index = bisect.bisect_right(starts, start) - 1
+            if index >= 0:
+                yield ranges[index], start, length
+        if none:
+            yield from ((chunk, chunk.start, chunk.length) for chunk in ranges)
 
     def reclaim_empty_chunks(self) -> None:
         with kernel("handing empty chunks back (balance)"):

@@ -61,8 +61,11 @@ def sync(fd: int) -> None:
     fcntl.ioctl(fd, IOC_SYNC)
 
 
-def trim(fd: int) -> int:
-    """FITRIM over the whole filesystem; bytes discarded as the kernel counts. Raises OSError."""
-    buffer = bytearray(_FSTRIM_RANGE.pack(0, (1 << 64) - 1, 0))
+def trim(fd: int, start: int = 0, length: int = (1 << 64) - 1) -> int:
+    """FITRIM over a logical range, and always over all that is unallocated; bytes discarded as the kernel counts.
+
+    Raises OSError.
+    """
+    buffer = bytearray(_FSTRIM_RANGE.pack(start, length, 0))
     fcntl.ioctl(fd, FITRIM, buffer)
     return int(_FSTRIM_RANGE.unpack(buffer)[1])
