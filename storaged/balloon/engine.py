@@ -23,6 +23,9 @@ from storaged.units import MIB, SECTOR, format_size
 MOST_MOVES = 64
 """Moves per call: an idle filesystem needs under ten; a writer that never pauses must not hold us for ever."""
 BUSY_WAIT_S = 2.0
+CLEANER_WAIT_S = 1.0
+ENOUGH_OF_A_CHUNK = 0.5
+"""Where less is left, the kernel makes a smaller chunk."""
 BUSY_POLL_S = 0.02
 WORTH_A_TRIM = 4 * MIB
 WORTH_A_COMMIT = 4 * MIB
@@ -65,20 +68,31 @@ class BalloonEngine:
         reserve: with the balloon over the rest, not even a directory could be made.
         """
         with self.lock:
-            space = self._fs.space()
-            wanted = space.metadata_chunk * space.metadata_copies
-            if (
-                space.mixed
-                or space.read_only
-                or space.exclusive_operation != "none"
-                or space.metadata_headroom >= target.comfortable_headroom(space)
-                or space.metadata_used > 8 * MIB
-                or space.unallocated < 2 * wanted
-            ):
-                return ""
-            self._fs.grow_metadata()
-            total = self._fs.space().metadata_total
-            return f"metadata chunks grown from {format_size(space.metadata_total)} to {format_size(total)}"
+            return self._widen_metadata(2.0)
+
+    def _widen_metadata(self, spare: float) -> str:
+        """Where metadata is cramped and `spare` times a new chunk is unallocated; says what it did."""
+        space = self._fs.space()
+        wanted = space.metadata_chunk * space.metadata_copies
+        if not target.cramped(space) or space.unallocated < spare * wanted:
+            return ""
+        self._fs.grow_metadata()
+        total = self._fs.space().metadata_total
+        return f"metadata chunks grown from {format_size(space.metadata_total)} to {format_size(total)}"
+
+    def _make_room_for_metadata(self, space: Space) -> None:
+        """Before the balloon takes the rest: data that came and went may have taken all chunks before `prepare`."""
+        if not target.cramped(space):
+            return
+        wanted = ENOUGH_OF_A_CHUNK * space.metadata_chunk * space.metadata_copies
+        if space.unallocated < wanted and space.data_free >= 2 * space.data_chunk:
+            self._hand_back_chunks()
+            # Where metadata is so full that no balance may run, the kernel's cleaner does it after a commit.
+            until = time.monotonic() + CLEANER_WAIT_S
+            while self._fs.space().unallocated < wanted and time.monotonic() < until:
+                time.sleep(BUSY_POLL_S)
+        with contextlib.suppress(FilesystemError):  # busy, or no room for it: metadata is looked after as it grows
+            self._widen_metadata(ENOUGH_OF_A_CHUNK)
 
     def hold(self, limit: int | None) -> Held:
         """Size the balloon so that applications can write `limit` bytes; None gives everything back.
@@ -97,6 +111,10 @@ class BalloonEngine:
         """
         with self.lock:
             space = self._fs.space()
+            if self._balloon.size() and target.cramped(space):
+                with contextlib.suppress(FilesystemError):
+                    self._widen_metadata(ENOUGH_OF_A_CHUNK)
+                space = self._fs.space()
             if space.exclusive_operation != "none" or not target.relief_due(space, self._balloon.size()):
                 return 0, target.tight(space)
             if space.data_free >= space.data_chunk:
@@ -113,6 +131,8 @@ class BalloonEngine:
             self.deflated_total += given
             self._fs.sync()
             self._hand_back_chunks()
+            with contextlib.suppress(FilesystemError):  # else a writer of data is soon there, and takes it
+                self._widen_metadata(ENOUGH_OF_A_CHUNK)
             return given, True
 
     def layout(self) -> Layout:
@@ -193,6 +213,9 @@ class BalloonEngine:
 
     def _settle(self, limit: int) -> Held:
         before = (self.inflated_total, self.deflated_total)
+        space = self._fs.space()
+        if target.next_move(space, self._balloon.size(), limit).by > 0:
+            self._make_room_for_metadata(space)
         for committed in (False, True, True):
             self._approach(limit, may_give=committed)
             # Only a commit makes it durable, f_bavail true, and everything count that was deleted a moment ago.

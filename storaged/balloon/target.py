@@ -19,6 +19,8 @@ from storaged.units import MIB, SECTOR
 
 TOLERANCE = MIB
 """Differences below this are not worth a commit; hosts report in steps of 100 MiB."""
+CRAMPED_MOST = 8 * MIB
+"""Metadata up to this is moved to a larger chunk within milliseconds, for twice as much written."""
 LEAST_ROOM = 4 * MIB
 """Data room the kernel's own accounting may hide (superblock stripes, rounding)."""
 
@@ -45,6 +47,17 @@ def least_headroom(space: Space) -> int:
     (measured on Linux 6.18, fs/btrfs/inode.c, btrfs_symlink).
     """
     return comfortable_headroom(space) // 2
+
+
+def cramped(space: Space) -> bool:
+    """True when metadata lies in chunks as small as mkfs made them, and little enough to be moved to a usual one."""
+    return (
+        not space.mixed
+        and not space.read_only
+        and space.exclusive_operation == "none"
+        and space.metadata_headroom < comfortable_headroom(space)
+        and space.metadata_used - space.metadata_readonly <= CRAMPED_MOST
+    )
 
 
 def metadata_claim(space: Space) -> int:

@@ -13,8 +13,8 @@ from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYST
 
 from storaged.btrfs import ioctl, search
 from storaged.btrfs.swap import pinned_ranges
-from storaged.core import trim
 from storaged.core.model import Space
+from storaged.core.trim import ChunkRange, is_safe, pieces
 from storaged.errors import FilesystemError, Kind, Unsupported
 from storaged.resize.layout import Chunk, Layout
 from storaged.units import GIB, MIB
@@ -130,6 +130,7 @@ class BtrfsFilesystem:
             data_used=used,
             data_pinned=self._number(f"{data}/bytes_pinned"),
             metadata_total=metadata_total,
+            metadata_readonly=self._number(f"{metadata}/bytes_readonly"),
             metadata_used=self._metadata_used(metadata),
             global_reserve=self._number("allocation/global_rsv_size"),
             unallocated=max(size - device.bytes_used - DEVICE_RANGE_RESERVED, 0),
@@ -244,15 +245,15 @@ class BtrfsFilesystem:
     def trim(self) -> int:
         with kernel("discarding free space (FITRIM)"):
             trimmed = ioctl.trim(self.fd, 0, DEVICE_RANGE_RESERVED)  # no chunk begins there: what is unallocated
-            for piece in trim.pieces(self._free_extents()):
-                if trim.is_safe(piece, self._space()):
+            for piece in pieces(self._free_extents()):
+                if is_safe(piece, self._space()):
                     trimmed += ioctl.trim(self.fd, piece.chunk.start, piece.chunk.length)
             return trimmed
 
-    def _free_extents(self) -> Iterator[tuple[trim.ChunkRange, int, int]]:
+    def _free_extents(self) -> Iterator[tuple[ChunkRange, int, int]]:
         """In ascending order, as of the last commit; without a free space tree a whole chunk counts as one."""
         groups = sorted(self._fs.block_groups(), key=lambda group: group.vaddr)
-        ranges = [trim.ChunkRange(group.vaddr, group.length, _kind(group.flags)) for group in groups]
+        ranges = [ChunkRange(group.vaddr, group.length, _kind(group.flags)) for group in groups]
         starts = [chunk.start for chunk in ranges]
         none = True
         for start, length in search.free_extents(self.fd):

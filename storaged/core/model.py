@@ -61,6 +61,8 @@ class Space:
     mixed: bool = False
     read_only: bool = False
     exclusive_operation: str = "none"
+    metadata_readonly: int = 0
+    """The part of `metadata_used` in chunks on their way out."""
 
     @property
     def data_free(self) -> int:

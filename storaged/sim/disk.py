@@ -229,8 +229,16 @@ class SimFilesystem:
             disk.chunks = [c for c in disk.chunks if c.kind != "data" or c.used or c.held]
 
     def grow_metadata(self) -> None:
-        with self.disk.lock:
+        disk = self.disk
+        disk.faults.meet("grow_metadata")
+        with disk.lock:
             self._exclusive("balance")
+            for chunk in disk.of("metadata"):
+                hole = disk.hole(self.space().metadata_chunk, disk.size)
+                if hole is None or hole[1] <= chunk.length:
+                    return  # the kernel would make one no larger
+                disk.chunks.remove(chunk)
+                disk.chunks.append(_Chunk(*hole, "metadata", used=chunk.used))
 
     def _exclusive(self, what: str) -> None:
         if self.disk.exclusive_operation != "none":

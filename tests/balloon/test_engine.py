@@ -219,5 +219,44 @@ def test_prepare_touches_nothing_where_metadata_has_room(guest: Guest) -> None:
     (metadata,) = guest.disk.of("metadata")
     metadata.length = 8 * MIB
     assert "metadata chunks grown" in guest.engine.prepare()
+    assert guest.engine.prepare() == ""
+    (metadata,) = guest.disk.of("metadata")
+    metadata.length = 8 * MIB
     guest.disk.read_only = True
     assert guest.engine.prepare() == ""
+
+
+def cramped() -> Guest:
+    """Data that came and went holds all chunks, and metadata is as small as mkfs made it."""
+    guest = Guest()
+    (metadata,) = guest.disk.of("metadata")
+    metadata.length = 8 * MIB
+    guest.disk.write(guest.available)
+    guest.disk.delete(6 * GIB)
+    assert guest.filesystem.space().unallocated < MIB
+    return guest
+
+
+def test_cramped_metadata_gets_room_before_the_balloon_takes_the_rest() -> None:
+    guest = cramped()
+    held = guest.engine.hold(GIB)
+    assert not target.cramped(held.space)
+    assert held.space.available <= target.ceiling(held.space, GIB)
+    guest.disk.write(guest.available)
+    assert guest.engine.guard(GIB, 0)[0] == 0, "nothing of the balloon has to go to metadata afterwards"
+
+
+def test_cramped_metadata_is_widened_as_soon_as_there_is_room_for_it() -> None:
+    guest = cramped()
+    guest.disk.faults.fail("grow_metadata", FilesystemError("no room", errno.ENOSPC))
+    assert target.cramped(guest.engine.hold(GIB).space)
+    guest.filesystem.reclaim_empty_chunks()
+    assert guest.engine.guard(GIB, 0)[0] == 0
+    assert not target.cramped(guest.filesystem.space())
+
+
+def test_nothing_is_moved_where_the_balloon_takes_nothing() -> None:
+    guest = cramped()
+    guest.disk.faults.fail("grow_metadata", FilesystemError("not to be called", errno.EIO))
+    guest.engine.hold(7 * GIB)
+    assert guest.disk.faults.calls.get("grow_metadata", 0) == 0
