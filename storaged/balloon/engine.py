@@ -274,8 +274,9 @@ class BalloonEngine:
         held = self._balloon.size()
         if deflated and target.relief_due(space, held + deflated):
             self._hand_back_chunks()
-        # A balance hides the chunk that it empties, and gives it back to everybody at its end.
+        # A balance hides the chunk that it empties, the cleaner one that it deletes; both come back to everybody.
         again = _moves_chunks(space) and target.next_move(space, held, limit).by > 0
+        again = again or (bool(held) and bool(space.metadata_readonly))
         return Held(held, space, inflated, deflated, again)
 
     def _wait_while_busy(self) -> Space:

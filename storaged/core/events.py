@@ -32,7 +32,7 @@ class BalloonSettled:
     tight: bool = False
     """Metadata headroom is small: look at it again soon."""
     again: bool = False
-    """A balance will give room back at its end: hold it again soon."""
+    """A balance or the cleaner will give room back at its end: hold it again soon."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,9 @@ def test_after_success_exactly_the_limit_can_be_written(
     report = daemon.report()
     chunk = report.filesystem.data_chunk_bytes
     support.sync(guest)
-    committed = available(guest)
+    # What the kernel's cleaner deletes comes back to everybody; the balloon follows within a second or two.
+    assert available(guest) - shown <= chunk
+    support.until(lambda: available(guest) - shown <= support.TARGET_SLACK, within_s=5)
     written, error = fill(guest.mountpoint / "probe")
     figures.note(
         case=case.name.replace(" ", "_"),
@@ -115,13 +117,13 @@ def test_after_success_exactly_the_limit_can_be_written(
         short=min(case.limit, before) - written,
         chunk=chunk,
     )
-    assert written <= case.limit + chunk
+    assert written <= case.limit + chunk, f"{report} {daemon.report()} {daemon.log.read_text()[-3000:]}"
     allowed = min(case.limit, before)
-    assert written >= allowed - max(case.size // 50, 64 * MIB)
+    if report.balloon.size_bytes:  # else it is the filesystem itself that takes nothing
+        assert written >= allowed - max(case.size // 50, 64 * MIB)
     if written < before - max(case.size // 50, 64 * MIB):
         assert error  # it was the balloon that stopped us, and it said so at once
     assert answered == shown
-    assert abs(committed - shown) <= support.TARGET_SLACK, "stale: a commit changes it"
     assert not support.read_only(guest)
 
 
