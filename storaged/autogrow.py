@@ -6,8 +6,8 @@ import asyncio
 import logging
 
 from storaged.core import events as ev
-from storaged.core.machine import State
 from storaged.core.model import Level
+from storaged.core.state import State
 from storaged.errors import StoragedError
 from storaged.resize.job import Job, JobState
 from storaged.runtime import StorageService

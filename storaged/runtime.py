@@ -12,9 +12,9 @@ from typing import Any
 
 from storaged.balloon import plea
 from storaged.core import events as ev
-from storaged.core import machine
 from storaged.core.model import Config, HostReport, Space, Told
 from storaged.core.record import Remembered, from_record
+from storaged.core.resize import refusal
 from storaged.errors import FilesystemError, Kind, StoragedError
 from storaged.resize.bounds import Bounds, compute
 from storaged.resize.job import Job
@@ -151,11 +151,11 @@ class StorageService(Writer):
         """StoragedError if `size` could not be, by what can be known while a job runs."""
         space = await asyncio.wait_for(self._in("read", self._world.filesystem.space), ANSWER_WITHIN_S)
         facts = ev.Facts(self.current_size(), space.device, KERNEL_MINIMUM, read_only=space.read_only)
-        refused = machine.refusal(size, facts, self._state, best_effort=best_effort)
+        refused = refusal(size, facts, self._state, best_effort=best_effort)
         if refused is None and sector_floor(size) < facts.size and not best_effort:
             bounds = await self.bounds()  # as known before the job, or as they are while it waits for its device
             facts = replace(facts, minimum=bounds.minimum, why=bounds.why)
-            refused = machine.refusal(size, facts, self._state)
+            refused = refusal(size, facts, self._state)
         if refused is not None:
             raise StoragedError(refused.message, refused.kind)
 

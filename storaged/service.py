@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from storaged.config import Settings, restart_needed
 from storaged.core import events as ev
-from storaged.core.machine import State
+from storaged.core.state import State
 from storaged.errors import ConfigError, StoragedError
 from storaged.notify import Notifier
 from storaged.resize.job import JobState

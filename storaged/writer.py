@@ -22,6 +22,7 @@ from storaged.core import machine
 from storaged.core.model import Config, DirtyLimits, Space
 from storaged.core.ports import World
 from storaged.core.record import to_record
+from storaged.core.state import State
 from storaged.errors import FilesystemError, StoragedError
 from storaged.resize.bounds import Bounds
 from storaged.resize.job import Job
@@ -43,7 +44,7 @@ class Snapshot:
     """What readers see: the core's state, and the last space that was read."""
 
     sequence: int
-    state: machine.State
+    state: State
     space: Space
     bounds: Bounds | None
     notes: tuple[str, ...]
@@ -60,7 +61,7 @@ class _Waiting:
     job_ends: dict[str, asyncio.Future[Job]] = field(default_factory=dict)
 
 
-Observer = Callable[[ev.Event, machine.State], None]
+Observer = Callable[[ev.Event, State], None]
 
 
 class Writer:
@@ -68,7 +69,7 @@ class Writer:
 
     def __init__(self, world: World, config: Config | None = None) -> None:
         self._world = world
-        self._state = machine.State(config or Config())
+        self._state = State(config or Config())
         self._engine = BalloonEngine(world.filesystem, world.balloon)
         self._runner = ResizeRunner(world.filesystem, world.resizer, self._engine, world.clock, poll_s=world.poll_s)
         self._queue: asyncio.Queue[tuple[ev.Event, asyncio.Future[Any] | None]] = asyncio.Queue()

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from storaged import app
+from storaged.app.worlds import watch_capacity
 from storaged.btrfs import capacity
 from storaged.btrfs.filesystem import BtrfsFilesystem
 from storaged.core.model import Config, Told
@@ -131,5 +132,5 @@ async def test_without_libudev_a_job_polls(monkeypatch: pytest.MonkeyPatch, capl
     filesystem.device_name = "254:16"
     storage: Any = SimpleNamespace(world=SimpleNamespace(filesystem=filesystem), capacity_changed=None)
     with caplog.at_level(logging.WARNING):
-        assert app._watch_capacity(cast("StorageService", storage), asyncio.get_running_loop()) is None
+        assert watch_capacity(cast("StorageService", storage), asyncio.get_running_loop()) is None
     assert "polls" in caplog.text

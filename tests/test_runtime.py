@@ -11,8 +11,8 @@ import pytest
 
 from storaged import runtime, writer
 from storaged.core import events as ev
-from storaged.core.machine import State
 from storaged.core.model import Config, DirtyLimits, Told
+from storaged.core.state import State
 from storaged.errors import FilesystemError, Kind, StoragedError
 from storaged.resize.job import JobState
 from storaged.runtime import StorageService

@@ -17,7 +17,8 @@ from typing import Any, Self
 import grpc
 import pytest
 
-from storaged import app, cmdline
+from storaged import cmdline
+from storaged.app import daemon
 from storaged.config import ServeConfig, Settings
 from storaged.notify import Notifier
 from storaged.rpc import ready
@@ -278,7 +279,7 @@ async def test_the_kernel_s_command_line_names_the_host_s_port(
 
     monkeypatch.setattr(ready, "tell_host", tell)
     monkeypatch.setattr(cmdline, "read", lambda: cmdline.KernelOptions(listen_port=port))
-    await app._tell_host(Settings(serve=ServeConfig(notify_host=notify_host)))
+    await daemon._tell_host(Settings(serve=ServeConfig(notify_host=notify_host)))
     assert asked == [told]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storaged import app
+from storaged.app import worlds
 from storaged.core.model import Config, Told
 from storaged.core.ports import World
 from storaged.resize.journal import FileJournal
@@ -28,13 +28,13 @@ async def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     assert await service.report(Told.LOW, 2 * GIB) == ""
     await service.stop()
     assert world.balloon.size() > 0
-    monkeypatch.setattr(app, "real_world", lambda *_: world)
+    monkeypatch.setattr(worlds, "real_world", lambda *_: world)
     return world
 
 
 async def test_all_is_given_back(left: World, tmp_path: Path) -> None:
     held_to = left.sysctl.dirty_limits()
-    said = app.uninstall("/", str(tmp_path))
+    said = worlds.uninstall("/", str(tmp_path))
     assert said[0] == "write-back limits restored"
     assert left.sysctl.dirty_limits() != held_to
     assert left.balloon.size() == 0
@@ -49,7 +49,7 @@ async def test_a_journal_of_another_version_keeps_no_balloon(
     assert record is not None
     left.journal.save(record | change)
     held_to = left.sysctl.dirty_limits()
-    said = app.uninstall("/", str(tmp_path))
+    said = worlds.uninstall("/", str(tmp_path))
     assert said[0].startswith("journal cannot be believed (")
     assert "write-back limits stay as they are" in said[0]
     assert left.sysctl.dirty_limits() == held_to

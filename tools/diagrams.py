@@ -8,9 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from storaged.core.machine import BALLOON_AFTER, ON_ENTER  # noqa: E402  # the path comes first
+from storaged.core.balloon import ON_ENTER  # noqa: E402  # the path comes first
 from storaged.core.model import Config  # noqa: E402
 from storaged.core.pressure import LEVEL_AFTER, Zone  # noqa: E402
+from storaged.core.state import BALLOON_AFTER  # noqa: E402  # the path comes first
 from storaged.host.saga import PATH, WORK  # noqa: E402
 from storaged.host.saga_model import Direction, Saga, Stage  # noqa: E402
 from storaged.resize.job import TRANSITIONS  # noqa: E402
@@ -90,7 +91,7 @@ def page() -> str:
             f" {Config().settle_s:g} s. A host that names a state is never believed to be better off than it says."
         ),
         "\n".join(pressure()),
-        "## The balloon (`storaged/core/machine.py`)",
+        "## The balloon (`storaged/core/state.py`)",
         "The newest signal wins, whatever the state.",
         "\n".join(balloon()),
         "## A resize job (`storaged/resize/job.py`)",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from storaged.core.machine import State
 from storaged.core.model import DirtyLimits, HostReport, Level, Told
+from storaged.core.state import State
 from storaged.resize.job import Job, JobState
 
 VERSION = 1

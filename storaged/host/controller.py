@@ -14,23 +14,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
 
 from storaged.errors import Kind, StoragedError
 from storaged.host import events as ev
+from storaged.host import members
 from storaged.host.config import GuestConfig, PoolConfig
 from storaged.host.guest_work import Agent
-from storaged.host.guests import NotTold
 from storaged.host.images import ImageBackend, make_backend
-from storaged.host.levels import Level, zone
-from storaged.host.machines import Machine
+from storaged.host.levels import zone
+from storaged.host.members import Connect, Members
 from storaged.host.model import State
 from storaged.host.resizes import Resizes, World
 from storaged.host.saga_model import Saga
 from storaged.host.settings import Resizing, Sharing
 from storaged.host.shares import next_wakeup, step
-from storaged.host.watch import PoolError, Watcher, allocated, logical
+from storaged.host.watch import PoolError, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -42,38 +40,7 @@ MACHINES_S = 1.0
 WAKE_S = 0.05
 """When the next thing is due is looked up this often at most: it takes a walk over all guests."""
 
-
-class Client(Agent, Protocol):
-    """A guest's agent; see `guests.GuestClient`."""
-
-    reported_at: float | None
-    plain: bool
-
-    async def set_available(self, size: int, level: Level, within_s: float) -> None: ...
-    async def watch(
-        self, changed: Callable[[], None], lost: Callable[[], None], asked: Callable[[int], None]
-    ) -> None: ...
-    async def close(self) -> None: ...
-
-
-Connect = Callable[[GuestConfig], Client]
 Observer = Callable[[State], None]
-
-
-@dataclass(slots=True)
-class Member:
-    """A guest as the controller holds it. `grant`: the call under way. Others may look, and change nothing.
-
-    `unmet`: why there is no client though the machine runs.
-    """
-
-    config: GuestConfig
-    machine: Machine
-    client: Client | None = None
-    grant: asyncio.Task[None] | None = None
-    watch: asyncio.Task[None] | None = None
-    running: bool = False
-    unmet: str = ""
 
 
 class Controller:
@@ -91,8 +58,6 @@ class Controller:
         self.pool = pool
         self.state = State(sharing)
         self._watcher = watcher
-        self._connect = connect
-        self.members = {guest.name: Member(guest, Machine(guest.pid_file)) for guest in guests}
         self._events: deque[ev.Event] = deque()
         self._news = asyncio.Event()
         self._gathering: asyncio.TimerHandle | None = None
@@ -101,9 +66,11 @@ class Controller:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"pool-{pool.name}")
         self.unread = ""
         """Why the pool cannot be read; empty when it can."""
-        self._closing: set[asyncio.Task[None]] = set()
         world = World(self._image, self._agent, self._sized, self._changed, self._room)
         self._resizes = Resizes(pool.name, resizing or Resizing(), world)
+        around = members.World(self.tell, self._changed, self._resizes.size_of, lambda: self.state.pool.pressure.level)
+        self._members = Members(pool.name, guests, connect, around)
+        self.members = self._members.by_name
 
     def observe(self, observer: Observer) -> None:
         """Have `observer` called after every change that others may want to see."""
@@ -128,19 +95,11 @@ class Controller:
 
     def add(self, guest: GuestConfig) -> None:
         """Another guest; its machine is looked for within a second."""
-        self.members.setdefault(guest.name, Member(guest, Machine(guest.pid_file)))
+        self._members.add(guest)
 
     def ready(self, guest: str) -> None:
         """The guest's agent has just started: whatever held its balloon before may be gone."""
-        member = self.members[guest]
-        if not member.running:
-            self._joined(member)
-            return
-        if member.client is None:
-            self._meet(member)
-        if member.grant is not None:
-            member.grant.cancel()
-        self.tell(ev.GuestRestarted(guest, time.monotonic()))
+        self._members.ready(guest)
 
     # --- resizes
 
@@ -206,7 +165,7 @@ class Controller:
                 now = time.monotonic()
                 if now >= self._machines_at:
                     self._machines_at = now + MACHINES_S
-                    self._machines()
+                    self._members.look()
                 while self._events:
                     self._step(self._next())
                 now = time.monotonic()
@@ -230,8 +189,7 @@ class Controller:
             stop.set()  # not joined: it may hang with the pool
             if looking is not None:
                 looking.cancel()
-            for member in self.members.values():
-                await self._parted(member)
+            await self._members.part()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     # --- the core
@@ -253,8 +211,7 @@ class Controller:
         for effect in effects:
             match effect:
                 case ev.SetGrant():
-                    member = self.members[effect.guest]
-                    member.grant = asyncio.create_task(self._grant(member, effect))
+                    self._members.grant(effect, self.state.settings.answer_s)
                 case ev.Poll(interval_s):
                     self._poll_at = min(self._poll_at, time.monotonic() + interval_s)
                 case ev.Note():
@@ -271,29 +228,12 @@ class Controller:
             wakes = next_wakeup(self.state)
         self._wake_at = max(now + WAKE_S, wakes if wakes is not None else now + self.state.settings.answer_s)
 
-    async def _grant(self, member: Member, grant: ev.SetGrant) -> None:
-        client, name = member.client, grant.guest
-        if client is None:
-            reason = member.unmet or "its machine has ended"
-            self.tell(ev.GrantFailed(name, grant.seq, reason, time.monotonic(), certain=True))
-            return
-        try:
-            await client.set_available(grant.size, self.state.pool.pressure.level, self.state.settings.answer_s)
-        except NotTold as error:
-            self.tell(ev.GrantFailed(name, grant.seq, error.message, time.monotonic(), certain=error.certain))
-        except Exception as error:  # whatever it is: a call that never ended would keep this guest from ever being told
-            log.exception("%s: telling %s failed", self.pool.name, name)
-            self.tell(ev.GrantFailed(name, grant.seq, type(error).__name__, time.monotonic()))
-        else:
-            self.tell(ev.GrantAcked(name, grant.seq, grant.size, time.monotonic()))
-
     # --- the pool
 
     async def _look(self) -> None:
-        images = {name: member.config.image for name, member in self.members.items() if member.running}
         loop, begun = asyncio.get_running_loop(), time.monotonic()
         try:
-            sampled = await loop.run_in_executor(self._thread, self._watcher.take, images)
+            sampled = await loop.run_in_executor(self._thread, self._watcher.take, self._members.images())
         except PoolError as error:
             # Nothing is known, so nothing is told: guests keep what they have.
             if not self.unread:
@@ -330,72 +270,3 @@ class Controller:
     def _hurry(self) -> None:
         self._poll_at = self._rest_until = 0.0
         self._news.set()
-
-    # --- machines
-
-    def _machines(self) -> None:
-        for member in self.members.values():
-            runs = member.machine.runs()
-            if runs and not member.running:
-                self._joined(member)
-            elif not runs and member.running:
-                self._left(member)
-            elif runs and member.client is None:
-                self._meet(member)
-
-    def _joined(self, member: Member) -> None:
-        config = member.config
-        image = allocated(config.image)
-        if image is None:
-            return  # no image: not prepared yet; `_machines` asks again
-        member.running = True
-        size = max(config.size, logical(config.image), image, self._resizes.size_of(config.name))
-        self.tell(ev.GuestJoined(config.name, size, image, time.monotonic(), config.weight))
-        self._meet(member)
-
-    def _meet(self, member: Member) -> None:
-        """Make the client of a guest that runs. It writes, and so it counts, also when it cannot be called yet."""
-        try:
-            member.client = self._connect(member.config)
-        except (StoragedError, OSError) as error:  # its certificates are being replaced, say: `_machines` tries again
-            unmet = error.message if isinstance(error, StoragedError) else str(error)
-            if member.unmet != unmet:
-                log.warning("%s cannot be called: %s", member.config.name, unmet)
-            member.unmet = unmet
-            return
-        if member.unmet:
-            log.info("%s can be called now", member.config.name)
-        member.unmet = ""
-        member.watch = asyncio.create_task(self._watch(member, member.client))
-
-    def _left(self, member: Member) -> None:
-        member.running, member.unmet = False, ""
-        self._dropped(member)
-        self.tell(ev.GuestLeft(member.config.name, time.monotonic()))
-
-    async def _watch(self, member: Member, client: Client) -> None:
-        name = member.config.name
-
-        await client.watch(
-            self._changed,
-            lambda: self.tell(ev.GuestSilent(name, time.monotonic())),
-            lambda size: self.tell(ev.RoomAsked(name, size, time.monotonic())),
-        )
-
-    def _dropped(self, member: Member) -> None:
-        """Forget what belongs to a machine that has ended, without waiting for it."""
-        for task in (member.grant, member.watch):
-            if task is not None:
-                task.cancel()
-        if member.client is not None:
-            closing = asyncio.create_task(member.client.close())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-        member.client = member.grant = member.watch = None
-
-    async def _parted(self, member: Member) -> None:
-        for task in (member.grant, member.watch):
-            if task is not None:
-                task.cancel()
-        if member.client is not None:
-            await member.client.close()

@@ -16,7 +16,7 @@ from storaged.addresses import ANY_CID, HYBRID, VsockAddress
 from storaged.config import VsockConfig
 from storaged.errors import StoragedError
 from storaged.host.sockets import clear
-from storaged.rpc.outward import PrivateDirectory
+from storaged.rpc.private import PrivateDirectory
 from storaged.rpc.vsock import BACKLOG, Relay
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from storaged import __version__
-from storaged.host.controller import Client, Controller, Member
+from storaged.host.controller import Controller
 from storaged.host.history import Point
 from storaged.host.levels import Level
+from storaged.host.members import Client, Member
 from storaged.host.model import Presence, books, established
 from storaged.host.saga_model import Outcome, Saga, Stage
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb

@@ -26,7 +26,8 @@ from storaged.addresses import GuestAddress, HybridAddress, TcpAddress, UnixAddr
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
 from storaged.host.levels import Level
-from storaged.rpc.outward import Connect, Outward, PrivateDirectory, to_hybrid, to_vsock
+from storaged.rpc.outward import Connect, Outward, to_hybrid, to_vsock
+from storaged.rpc.private import PrivateDirectory
 from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.units import GIB, MAX_SIZE
 

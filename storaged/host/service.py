@@ -17,6 +17,7 @@ from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
 from storaged.host.listener import Listener
 from storaged.host.watch import FilesystemSource, Source, ThinSource, Watcher, allocated
+from storaged.rpc.private import sweep
 
 if TYPE_CHECKING:
     from storaged.host.console.server import Console
@@ -140,6 +141,7 @@ def tune() -> None:
 async def serve(config: HostConfig) -> None:
     """Run until SIGTERM or SIGINT."""
     tune()
+    sweep()
     host = asyncio.create_task(Host(config).run())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 from storaged.core import events as ev
-from storaged.core.machine import State
+from storaged.core.state import State
 from storaged.metrics import build
 from storaged.metrics.families import GUEST, LEVELS, OUTCOMES, REACTION_BUCKETS, word
 from storaged.metrics.family import PLAIN, Distribution, Metric, Values, one_hot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storaged.core.machine import BalloonState
+from storaged.core.state import BalloonState
 from storaged.metrics.family import Family, Type
 from storaged.resize.job import JobState
 

@@ -10,8 +10,8 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from storaged import __version__
-from storaged.core.machine import BalloonState, State
 from storaged.core.model import Level
+from storaged.core.state import BalloonState, State
 from storaged.errors import InvalidRequest, StoragedError
 from storaged.resize.job import Job, JobState
 from storaged.rpc.proto import storaged_v1_pb2 as pb

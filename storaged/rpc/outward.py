@@ -5,37 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from storaged.addresses import Address, HybridAddress, TcpAddress, UnixAddress, VsockAddress
+from storaged.rpc.private import PrivateDirectory
 
 log = logging.getLogger(__name__)
 BUFFER = 64 << 10
 """Bytes that may wait for a slow reader."""
-
-
-class PrivateDirectory:
-    """A directory only we may enter, for a socket between our own parts."""
-
-    def __init__(self, parent: str | None = None) -> None:
-        import tempfile
-
-        where = parent or os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or None
-        if where is None and os.access("/run", os.W_OK):
-            where = "/run"
-        self.path = tempfile.mkdtemp(prefix="storaged-", dir=where)  # 0700
-
-    def socket(self, name: str) -> str:
-        """The path of a socket in it."""
-        return os.path.join(self.path, name)
-
-    def remove(self) -> None:
-        """Take it away with all that is in it."""
-        import shutil
-
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 Connect = Callable[[], Awaitable[socket.socket]]

@@ -31,8 +31,8 @@ from storaged.rpc.calls import CallInterceptor, Calls
 from storaged.rpc.extension import Storage
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.maitred import Maitred
-from storaged.rpc.outward import PrivateDirectory
 from storaged.rpc.power import PowerControl
+from storaged.rpc.private import PrivateDirectory, sweep
 from storaged.rpc.proto import storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
 from storaged.rpc.vsock import Relay
 from storaged.runtime import StorageService
@@ -141,6 +141,7 @@ class Server:
         ]
         if any(isinstance(address, VsockAddress) for address in addresses):
             if not self._sockets:
+                sweep()
                 self._private = PrivateDirectory()
                 self._bind_unix(UnixAddress(self._private.socket("grpc")))
             self.relay = Relay(self._sockets[0], self._vsock)

@@ -29,10 +29,12 @@ STARTED = vm_guest_pb2.ResizeFilesystemResponse.STARTED
 DISK = 6 * GIB
 FILES = 8
 LIMIT = 300 * MIB
+TRIES = 2
+"""On a busy machine a whole job may pass while nobody who looks at it gets to run."""
 
 
 def _target(daemon: Daemon) -> int:
-    """A size that makes about half a gibibyte move."""
+    """Half a gibibyte less than needs no moving: what then moves is what the kernel has put there."""
     minimum = daemon.minimum()
     return max(minimum, daemon.report().bounds.guaranteed_size - GIB // 2)
 
@@ -154,24 +156,37 @@ def test_asleep_in_the_middle(whom: str, make_guest: MakeGuest, make_daemon: Mak
     _check(guest, daemon)
 
 
-def test_progress_is_honest(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
-    guest, before = _aged(make_guest)
-    daemon = make_daemon(guest)
-    target = _target(daemon)
+def _followed(daemon: Daemon, target: int) -> list[pb.Job]:
+    """The job as it was told, from its beginning to its end, as often as it can be asked for."""
     assert daemon.resize(target) == STARTED
     jobs: list[pb.Job] = []
     while not jobs or jobs[-1].state in (pb.JOB_PREPARING, pb.JOB_RUNNING):
         jobs.append(daemon.report().job)
-    running, last = jobs[:-1], jobs[-1]
-    assert (last.state, last.progress, last.current_size) == (pb.JOB_DONE, 1.0, target)
-    assert all(job.progress < 1 for job in running)
-    for values in ([job.progress for job in jobs], [job.moved_bytes for job in jobs]):
-        assert values == sorted(values), "never backwards"
-    steps = len({job.moved_bytes for job in jobs})
-    figures.note(moved=last.moved_bytes, to_move=last.total_to_move_bytes, reports=len(jobs), steps=steps)
-    assert steps >= 3
-    assert last.moved_bytes <= last.total_to_move_bytes
-    assert _whole(guest, before)
+    return jobs
+
+
+def test_progress_is_honest(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    between: list[int] = []
+    while max(between, default=0) < 2:
+        assert len(between) < TRIES, f"as good as nothing was told of what moved within a cut: {between}"
+        guest, before = _aged(make_guest)
+        daemon = make_daemon(guest)
+        target = daemon.minimum()  # half a gibibyte less may move next to nothing, as the kernel has laid things out
+        jobs = _followed(daemon, target)
+        running, last = jobs[:-1], jobs[-1]
+        assert (last.state, last.progress, last.current_size) == (pb.JOB_DONE, 1.0, target)
+        assert all(job.progress < 1 for job in running)
+        for values in ([job.progress for job in jobs], [job.moved_bytes for job in jobs]):
+            assert values == sorted(values), "never backwards"
+        between.append(len({job.moved_bytes for job in jobs}) - len({job.current_size for job in jobs}))
+        figures.note(
+            moved=last.moved_bytes, to_move=last.total_to_move_bytes, reports=len(jobs), between=between[-1],
+            took_s=round(last.ended_at.ToNanoseconds() / 1e9 - last.started_at.ToNanoseconds() / 1e9, 2),
+        )  # fmt: skip
+        assert last.moved_bytes <= last.total_to_move_bytes
+        assert _whole(guest, before)
+        daemon.stop()
+        guest.close()
 
 
 @pytest.mark.slow

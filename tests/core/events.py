@@ -8,8 +8,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from storaged.core import events as ev
-from storaged.core.machine import Result, State, next_wakeup, step
+from storaged.core.machine import next_wakeup, step
 from storaged.core.model import DirtyLimits, HostReport, Told
+from storaged.core.state import Result, State
 from storaged.resize.job import Job, JobState
 from storaged.units import GIB, MIB
 

@@ -10,20 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.core import events as ev
-from storaged.core.machine import (
-    BALLOON_AFTER,
-    HANDLERS,
-    ON_ENTER,
-    Balloon,
-    BalloonSignal,
-    BalloonState,
-    State,
-    next_wakeup,
-    refusal,
-    step,
-)
+from storaged.core.balloon import ON_ENTER
+from storaged.core.machine import HANDLERS, next_wakeup, step
 from storaged.core.model import Config, DirtyLimits, HostReport, Level, Told
 from storaged.core.pressure import Pressure
+from storaged.core.resize import refusal
+from storaged.core.state import BALLOON_AFTER, Balloon, BalloonSignal, BalloonState, State
 from storaged.errors import Kind
 from storaged.resize.job import Job, JobState
 from storaged.units import GIB, MAX_SIZE, MIB

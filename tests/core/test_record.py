@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storaged.core.machine import Balloon, State
 from storaged.core.model import DirtyLimits, HostReport, Level, Told
 from storaged.core.pressure import Pressure
 from storaged.core.record import Remembered, from_record, to_record
+from storaged.core.state import Balloon, State
 from storaged.resize.job import Job, JobState
 from tests.core.events import FOUND, dirty, jobs, limits, reports
 

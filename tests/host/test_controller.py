@@ -234,14 +234,14 @@ async def test_a_guest_that_cannot_be_called_counts_all_the_same(
 ) -> None:
     pid_file, authority = tmp_path / "b.pid", tmp_path / "ca.pem"
     async with running(tmp_path, 40 * GIB, "a", "b", pid_files={"b": pid_file}) as bench:
-        controller, connect = bench.controller, bench.controller._connect
-        controller._connect = lambda guest: (
+        controller, connect = bench.controller, bench.controller._members._connect
+        controller._members._connect = lambda guest: (
             connect(guest)
             if guest.name == "a" or authority.exists()
             else GuestClient(guest.name, TcpAddress("192.0.2.1", 8888), Tls(str(authority), "none", "none"))
         )
         await bench.until(lambda: bench.bound("a"))
-        with caplog.at_level("INFO", "storaged.host.controller"):
+        with caplog.at_level("INFO", "storaged.host.members"):
             pid_file.write_text(f"{machine.pid}\n")
             if announced:
                 controller.ready("b")

@@ -11,7 +11,7 @@ import grpc.aio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.core.machine import State
+from storaged.core.state import State
 from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.rpc.proto import vm_guest_pb2 as vm
 from storaged.sim.system import FOUND

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from storaged.addresses import ANY_CID, VsockAddress
 from storaged.config import LimitsConfig, VsockConfig
 from storaged.errors import StoragedError
-from storaged.rpc.outward import Outward, PrivateDirectory
+from storaged.rpc.outward import Outward
 from storaged.rpc.proto import vm_guest_pb2_grpc
 from storaged.rpc.server import Server
 from storaged.rpc.vsock import BUFFER, PREFACE, Relay
@@ -429,12 +429,3 @@ async def test_outward_a_client_finds_the_far_side(guest: Guest, tmp_path: Path)
         assert (await stub.GetResizeStatus(EMPTY, timeout=5)).current_size
     await way.close()
     assert not way._carrying
-
-
-def test_the_private_directory_is_ours_alone(tmp_path: Path) -> None:
-    one, other = PrivateDirectory(str(tmp_path)), PrivateDirectory(str(tmp_path))
-    assert one.path != other.path
-    Path(one.socket("s")).touch()
-    one.remove()
-    other.remove()
-    assert not list(tmp_path.iterdir())

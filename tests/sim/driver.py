@@ -12,9 +12,10 @@ from collections import deque
 from storaged.balloon import target
 from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
-from storaged.core.machine import State, next_wakeup, step
+from storaged.core.machine import next_wakeup, step
 from storaged.core.model import Config, DirtyLimits, HostReport, Told
 from storaged.core.record import from_record, to_record
+from storaged.core.state import State
 from storaged.errors import FilesystemError
 from storaged.resize.bounds import compute
 from storaged.resize.job import Job
