@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from storaged.balloon.engine import BalloonEngine
@@ -82,7 +83,7 @@ class Writer:
         self._writer: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._holding = False
-        self._hold_next: list[int | None] = []
+        self._hold_next: list[tuple[int | None, bool]] = []
         self._trimming = False
         self._closing = self._stopped = False
         self._halted = ""
@@ -168,8 +169,8 @@ class Writer:
     ) -> None:
         world = self._world
         match effect:
-            case ev.HoldAvailable(limit):
-                self._hold(limit)
+            case ev.HoldAvailable(limit, fresh):
+                self._hold(limit, fresh)
             case ev.GuardMetadata(spent):
                 self._look_at_metadata(spent)
             case ev.Trim():
@@ -214,20 +215,20 @@ class Writer:
 
     # --- effects that block -----------------------------------------------------------------------------------------
 
-    def _hold(self, limit: int | None) -> None:
+    def _hold(self, limit: int | None, fresh: bool) -> None:
         """One at a time; of those that wait only the newest counts."""
         if self._holding:
-            self._hold_next = [limit]
+            self._hold_next = [(limit, fresh)]
             return
         self._holding = True
-        self._spawn(self._hold_until_done(limit))
+        self._spawn(self._hold_until_done(limit, fresh))
 
-    async def _hold_until_done(self, limit: int | None) -> None:
+    async def _hold_until_done(self, limit: int | None, fresh: bool) -> None:
         clock = self._world.clock
         while True:
             event: ev.Event
             try:
-                held = await self._in("balloon", self._engine.hold, limit)
+                held = await self._in("balloon", partial(self._engine.hold, limit, fresh=fresh))
                 self._publish(held.space)
                 event = ev.BalloonSettled(limit, held.size, clock.monotonic(), tight(held.space), held.again)
             except Exception as error:  # noqa: BLE001  # whatever it is, the balloon is tried again
@@ -236,7 +237,7 @@ class Writer:
             if not self._hold_next:
                 self._holding = False
                 return
-            limit = self._hold_next.pop()
+            limit, fresh = self._hold_next.pop()
 
     async def _balloon_size(self) -> int:
         try:
@@ -290,7 +291,7 @@ class Writer:
         limit = self._state.balloon.limit
         try:
             if limit is not None or self._engine.size():
-                held = self._engine.hold(limit)
+                held = self._engine.hold(limit, fresh=False)
                 now = self._world.clock.monotonic()
                 self._tell(ev.BalloonSettled(limit, held.size, now, tight(held.space), held.again))
         except (StoragedError, OSError) as error:

@@ -56,6 +56,8 @@ class BalloonEngine:
         self.inflated_total = 0
         self.deflated_total = 0
         self.target = 0
+        self._spent_then: int | None = None
+        """What applications had written when the host last said what they may write; None: nobody knows."""
 
     def size(self) -> int:
         """Bytes the balloon holds now."""
@@ -94,15 +96,31 @@ class BalloonEngine:
         with contextlib.suppress(FilesystemError):  # busy, or no room for it: metadata is looked after as it grows
             self._widen_metadata(ENOUGH_OF_A_CHUNK)
 
-    def hold(self, limit: int | None) -> Held:
+    def hold(self, limit: int | None, *, fresh: bool = True) -> Held:
         """Size the balloon so that applications can write `limit` bytes; None gives everything back.
 
+        `fresh`: the host has just said so. Otherwise it said so some time ago, and what applications have written
+        since counts against it; where nobody knows how much that is, nothing is given back.
         Returns when it is so and committed. Raises FilesystemError with the reason when it cannot be.
         """
         with self.lock:
             if limit is None:
                 return self._release()
-            return self._settle(limit)
+            may_give = fresh or self._spent_then is not None
+            spent = self._spent(self._fs.space())
+            if fresh:
+                self._spent_then = spent
+            elif self._spent_then is not None:
+                limit = min(max(limit - (spent - self._spent_then), 0), limit)
+            held = self._settle(limit, may_give=may_give)
+            if fresh:
+                self._spent_then = self._spent(held.space)
+            return held
+
+    def _spent(self, space: Space) -> int:
+        """Bytes that are not the balloon's, of data and of metadata."""
+        metadata = (space.metadata_used - space.metadata_readonly) * space.metadata_copies
+        return space.data_used - self._balloon.size() + metadata
 
     def guard(self, reserve: int, spent: int) -> tuple[int, bool]:
         """Give a chunk to metadata if it is about to run out: empty ones first, then one of the balloon's.
@@ -206,23 +224,24 @@ class BalloonEngine:
     def _release(self) -> Held:
         held = self._balloon.size()
         self.target = 0
+        self._spent_then = None
         self._balloon.remove()
         self._fs.sync()
         self.deflated_total += held
         return Held(0, self._fs.space(), 0, held)
 
-    def _settle(self, limit: int) -> Held:
+    def _settle(self, limit: int, *, may_give: bool) -> Held:
         before = (self.inflated_total, self.deflated_total)
         space = self._fs.space()
         if target.next_move(space, self._balloon.size(), limit).by > 0:
             self._make_room_for_metadata(space)
         for committed in (False, True, True):
-            self._approach(limit, may_give=committed)
+            self._approach(limit, may_give=may_give and committed)
             # Only a commit makes it durable, f_bavail true, and everything count that was deleted a moment ago.
             self._fs.sync()
             space = self._fs.space()
             by = target.next_move(space, self._balloon.size(), limit).by
-            if by == 0 or (by > 0 and _moves_chunks(space)):
+            if by == 0 or (by > 0 and _moves_chunks(space)) or (by < 0 and not may_give):
                 break
         return self._checked(limit, self.inflated_total - before[0], self.deflated_total - before[1])
 

@@ -158,7 +158,7 @@ def retry(state: State) -> Result:
     if balloon.pending or (balloon.limit is None and not balloon.failures):
         return state, ()
     again = replace(balloon, pending=True, retry_at=None)
-    return replace(state, balloon=again), (ev.HoldAvailable(balloon.limit),)
+    return replace(state, balloon=again), (ev.HoldAvailable(balloon.limit, fresh=False),)
 
 
 def release_requested(state: State, event: ev.ReleaseRequested) -> Result:

@@ -228,9 +228,13 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class HoldAvailable:
-    """Size the balloon so that applications can write `limit` bytes; None gives all of it back."""
+    """Size the balloon so that applications can write `limit` bytes; None gives all of it back.
+
+    `fresh`: as the host just said. Otherwise what was written since counts against it.
+    """
 
     limit: int | None
+    fresh: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,38 @@ def test_after_every_hold_applications_have_what_they_may(size: int, turns: list
     assert guest.engine.inflated_total == guest.engine.deflated_total
 
 
+def test_what_was_written_since_the_host_spoke_is_not_given_again(guest: Guest) -> None:
+    guest.engine.hold(2 * GIB)
+    before = guest.balloon.size()
+    guest.disk.write(GIB)
+    assert guest.engine.hold(2 * GIB, fresh=False).size == before
+    guest.disk.delete(GIB // 2)
+    guest.engine.hold(2 * GIB, fresh=False)
+    assert guest.available == pytest.approx(3 * GIB // 2, abs=target.TOLERANCE), "what they delete is theirs again"
+    guest.engine.hold(2 * GIB)
+    assert guest.available == pytest.approx(2 * GIB, abs=target.TOLERANCE), "the host has spoken again"
+
+
+def test_a_promise_that_could_not_be_kept_is_owed(guest: Guest) -> None:
+    guest.engine.hold(GIB)
+    guest.disk.faults.fail("shrink", FilesystemError("no", errno.EIO))
+    with pytest.raises(FilesystemError):
+        guest.engine.hold(3 * GIB)
+    guest.disk.write(GIB // 2)
+    guest.engine.hold(3 * GIB, fresh=False)
+    assert guest.available == pytest.approx(5 * GIB // 2, abs=target.TOLERANCE)
+
+
+def test_after_a_restart_nobody_knows_what_was_written(guest: Guest) -> None:
+    guest.engine.hold(2 * GIB)
+    guest.disk.write(GIB)
+    restarted = BalloonEngine(guest.filesystem, guest.balloon)
+    assert restarted.hold(2 * GIB, fresh=False).deflated == 0
+    assert guest.available <= GIB
+    assert restarted.hold(GIB // 2, fresh=False).inflated > 0, "tighter it may always get"
+    assert restarted.hold(2 * GIB).deflated > 0
+
+
 def test_held_again_nothing_moves(guest: Guest) -> None:
     guest.engine.hold(2 * GIB)
     calls = dict(guest.disk.faults.calls)

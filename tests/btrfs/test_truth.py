@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from lab.loop import Guest, fill
-from storaged.rpc.proto import vm_guest_pb2
+from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, MIB
 from tests.btrfs import support
 from tests.btrfs.conftest import MakeDaemon, MakeGuest
@@ -184,3 +184,21 @@ def test_the_limit_is_kept_through_every_change(
         figures.note(step=mebibytes, shown=shown, deviation=shown - limit)
         assert abs(shown - min(limit, before)) <= 16 * MIB
         assert daemon.available() == shown == os.statvfs(guest.mountpoint).f_bavail * 4096
+
+
+def test_a_restart_gives_nothing_again_that_was_written(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    guest = make_guest(GIB)
+    daemon = make_daemon(guest)
+    assert daemon.report_free(report_for(300 * MIB)) == vm_guest_pb2.SUCCESS
+    written, error = fill(guest.mountpoint / "data", 200 * MIB)
+    assert (written, error) == (200 * MIB, 0)
+    support.sync(guest)
+    before = available(guest)
+    daemon.kill()
+    daemon.start()
+    support.until(lambda: daemon.report().balloon.limit_bytes == 300 * MIB)
+    support.until(lambda: daemon.report().balloon.state == storaged_v1_pb2.BALLOON_IDLE)
+    support.sync(guest)
+    assert available(guest) <= before + support.TARGET_SLACK
+    assert daemon.report_free(report_for(300 * MIB)) == vm_guest_pb2.SUCCESS
+    assert abs(available(guest) - 300 * MIB) <= support.TARGET_SLACK, "the host has spoken again"

@@ -85,7 +85,7 @@ def test_a_balloon_that_settled_while_chunks_moved_is_held_again() -> None:
     again = 1.0 + CONFIG.retry_first_s
     assert next_wakeup(state) == again
     state, effects = step(state, ev.Tick(again, 0.0))
-    assert effects == (ev.HoldAvailable(4 * GIB),)
+    assert effects == (ev.HoldAvailable(4 * GIB, fresh=False),)
     state, _ = step(state, ev.BalloonSettled(4 * GIB, 3 * GIB, again))
     assert state.balloon.retry_at is None
 
@@ -209,7 +209,7 @@ def test_retries_come_at_growing_intervals_up_to_a_most() -> None:
         waits.append(wakeup - at)
         at = wakeup
         state, effects = step(state, ev.Tick(at, 0.0))
-        assert effects == (ev.HoldAvailable(4 * GIB),)
+        assert effects == (ev.HoldAvailable(4 * GIB, fresh=False),)
         assert next_wakeup(state) is None
     assert waits == [1, 2, 4, 8, 16, 30, 30, 30]
 
@@ -366,7 +366,7 @@ def test_after_a_job_the_balloon_is_brought_back_to_the_limit() -> None:
     for outcome in ev.Outcome:
         running, _ = step(state, ev.JobPrepared("a"))
         after, effects = step(running, ended(outcome=outcome, size=8 * GIB, reason="why"))
-        assert of(effects, ev.HoldAvailable) == [ev.HoldAvailable(4 * GIB)]
+        assert of(effects, ev.HoldAvailable) == [ev.HoldAvailable(4 * GIB, fresh=False)]
         assert after.balloon.pending
 
 
@@ -487,7 +487,7 @@ def test_the_first_start_holds_nothing() -> None:
 def test_a_remembered_limit_is_held_again_at_once() -> None:
     report = HostReport(Told.LOW, 2 * GIB, 100.0)
     state, effects = step(State(), recovered(limit=GIB, level=Level.LOW, report=report, balloon=GIB, dirty_found=FOUND))
-    assert of(effects, ev.HoldAvailable) == [ev.HoldAvailable(GIB)]
+    assert of(effects, ev.HoldAvailable) == [ev.HoldAvailable(GIB, fresh=False)]
     assert (state.pressure.level, state.pressure.known, state.dirty_found) == (Level.LOW, True, FOUND)
     assert not of(effects, ev.RestoreDirtyLimits)
 
@@ -495,7 +495,7 @@ def test_a_remembered_limit_is_held_again_at_once() -> None:
 def test_a_balloon_that_nobody_remembers_keeps_what_it_protects() -> None:
     state, effects = step(State(), recovered(balloon=GIB))
     assert state.balloon.limit == 5 * GIB
-    assert of(effects, ev.HoldAvailable) == [ev.HoldAvailable(5 * GIB)]
+    assert of(effects, ev.HoldAvailable) == [ev.HoldAvailable(5 * GIB, fresh=False)]
 
 
 def test_limits_of_a_pressure_that_is_over_are_put_back_at_the_start() -> None:

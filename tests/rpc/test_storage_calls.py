@@ -715,7 +715,7 @@ async def test_a_broken_step_is_told_to_whoever_waits_and_ends_nothing(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr("storaged.runtime.machine.step", broken)
+        patch.setattr("storaged.writer.machine.step", broken)
         code, _ = await refused(guest.report_free(3 * GIB))
         assert code is grpc.StatusCode.INTERNAL
     assert await guest.report_free(3 * GIB) == vm.SUCCESS

@@ -169,8 +169,8 @@ class Driver:
     def _perform(self, effect: ev.Effect) -> None:  # noqa: C901, PLR0912  # one arm an effect, as in the daemon
         clock, fs = self.clock, self.world.filesystem
         match effect:
-            case ev.HoldAvailable(limit):
-                self._hold(limit)
+            case ev.HoldAvailable(limit, fresh):
+                self._hold(limit, fresh)
             case ev.GuardMetadata(spent):
                 reserve = self.config.reserve
                 given, tight = self.engine.guard(reserve, spent)
@@ -203,9 +203,9 @@ class Driver:
             case _:
                 pass
 
-    def _hold(self, limit: int | None) -> None:
+    def _hold(self, limit: int | None, fresh: bool) -> None:
         try:
-            held = self.engine.hold(limit)
+            held = self.engine.hold(limit, fresh=fresh)
             self._queue.append(
                 ev.BalloonSettled(limit, held.size, self.clock.now, target.tight(held.space), held.again)
             )
@@ -215,7 +215,7 @@ class Driver:
     def _settle(self) -> None:
         if self.state.balloon.limit is not None:
             try:
-                self.engine.hold(self.state.balloon.limit)
+                self.engine.hold(self.state.balloon.limit, fresh=False)
             except FilesystemError:
                 return
 
