@@ -24,6 +24,7 @@ from storaged.resize.fit import Step, next_step
 from storaged.resize.heal import Healer
 from storaged.resize.job import Job
 from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, left_to_move
+from storaged.resize.pivot import Pivot, next_pivot
 from storaged.units import MIB, sector_floor
 
 log = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class ResizeRunner:
         """
         target = max(sector_floor(work.job.requested), KERNEL_MINIMUM)
         tried: set[int] = set()
+        stuck = self._fs.size() + WORTH_A_ROUND
         why = ""
         work.tell(ev.JobPrepared(work.job.id))
         while (size := self._fs.size()) > target:
@@ -171,6 +173,12 @@ class ResizeRunner:
                 tried.add(EMPTY)  # not sooner: as room in chunks they are part of what was promised
                 self._hand_back()
                 continue
+            if size <= stuck - WORTH_A_ROUND:  # what the last one has gained is the leave for the next
+                stuck = size
+                if pivot := next_pivot(layout, longest):
+                    self._pivot(work, layout, pivot, target)
+                    tried.clear()
+                    continue
             chunk = next_chunk(layout, tried)
             most = sum(chunk.kind == "data" for chunk in layout.chunks)
             if chunk is None or len(tried) > most + 2:
@@ -213,6 +221,30 @@ class ResizeRunner:
                     work.settle()
         work.moved += chunk.held
         self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
+
+    def _pivot(self, work: _Work, layout: Layout, pivot: Pivot, target: int) -> None:
+        """Grow for a moment, so that a chunk has where to go, and come back.
+
+        The balloon stands still until then: it would take the room that the way back needs.
+        """
+        chunk = pivot.chunk
+        with self._balloon.lock:
+            if pivot.size > layout.size:
+                self._call(work, partial(self._resizer.resize, pivot.size))
+            try:
+                if chunk.balloon:
+                    self._balloon.vacate((chunk,))
+                move = partial(self._resizer.move_out, chunk.logical, metadata=chunk.kind == "metadata")
+                step = Step(pivot.size, (), chunk.held)
+                self._watched(work, step, chunk.held + left_to_move(layout, work.job.requested), move)
+                work.moved += chunk.held
+            except FilesystemError as error:
+                if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
+                    raise
+                work.refused = True
+            self._fs.sync()
+            bounds = compute(self._balloon.layout(), self._balloon.longest())
+            self._tried_cut(work, max(min(bounds.minimum, layout.size), target))
 
     def _hand_back(self) -> None:
         try:
