@@ -5,7 +5,8 @@ action, so it can be killed in the middle of a call, and its death cancels what 
 thread sees the end of standard input, even while a call runs.
 
 Requests, a line each: `size N` resizes to N bytes, `move N` moves all there is out of the data chunk whose logical
-address is N (a balance of that chunk alone), `metadata N` out of the metadata chunk there. Answers: the ioctl's return value and errno, a line each.
+address is N (a balance of that chunk alone), `metadata N` out of the metadata chunk there. Answers: the ioctl's return
+value and errno, a line each.
 """
 
 from __future__ import annotations

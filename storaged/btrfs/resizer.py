@@ -69,7 +69,8 @@ class ChildResizer:
             self._moving = False
         if number:
             reason = _REASONS_TO_STAY.get(number) or _REASONS.get(number, os.strerror(number))
-            raise FilesystemError(f"moving the {'metadata' if metadata else 'data'} chunk at {logical}: {reason}", number)
+            kind = "metadata" if metadata else "data"
+            raise FilesystemError(f"moving the {kind} chunk at {logical}: {reason}", number)
 
     def _ask(self, request: bytes) -> int:
         """The kernel's errno, 0 for success. Raises when the kernel is busy or the child is gone."""

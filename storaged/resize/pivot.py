@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from storaged.resize.bounds import compute
 from storaged.resize.compact import WORTH_MOVING, metadata_is_safe
-from storaged.resize.fit import CHUNK_STEP, METADATA_MARGIN, certain_room, metadata_chunk
+from storaged.resize.fit import CHUNK_STEP, METADATA_MARGIN, certain_room, metadata_chunk, metadata_short_of
 from storaged.resize.layout import Chunk, Layout, Longest, holes_at
 from storaged.units import GIB, KIB, MIB, sector_ceil
 
@@ -27,7 +27,7 @@ STRIPE = 64 * KIB
 WORTH_A_PIVOT = 8 * MIB
 """What must be certain to be gained."""
 MOST_JUDGED = 8
-"""Chunks of data and of metadata each, those with most to gain."""
+"""Chunks of metadata, of files with room between them, and of the balloon alone: those with most to gain of each."""
 MOST_MADE = 8
 """New chunks that one chunk's data may go into."""
 
@@ -61,14 +61,12 @@ def next_pivot(layout: Layout, longest: Longest) -> Pivot | None:
 
 def _candidates(layout: Layout) -> list[Chunk]:
     metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata"]
-    data = [
-        chunk
-        for chunk in layout.chunks
-        if chunk.kind == "data" and chunk.held and not chunk.pinned and chunk.length - chunk.held >= WORTH_MOVING
-    ]
+    data = [chunk for chunk in layout.chunks if chunk.kind == "data" and not chunk.pinned]
+    loose = [chunk for chunk in data if chunk.held and chunk.length - chunk.held >= WORTH_MOVING]
+    vacant = [chunk for chunk in data if chunk.vacant]
     return [
         chunk
-        for kind in (metadata, data)
+        for kind in (metadata, loose, vacant)
         for chunk in sorted(kind, key=lambda chunk: chunk.length - chunk.held, reverse=True)[:MOST_JUDGED]
     ]
 
@@ -79,6 +77,8 @@ def _sizes(layout: Layout, chunk: Chunk) -> list[int]:
     Under a balloon no more than a chunk's length is taken back: applications may not be given more.
     """
     top = sector_ceil(max(other.top for other in layout.chunks))
+    if chunk.vacant:
+        return [layout.size]
     needed = _round(chunk.held if chunk.kind == "data" else _metadata_needs(layout, chunk))
     above = top + len(chunk.stripes) * needed
     wanted = {layout.size, above, above + CHUNK_STEP}
@@ -92,7 +92,7 @@ def _sizes(layout: Layout, chunk: Chunk) -> list[int]:
 
 def _judged(layout: Layout, chunk: Chunk, size: int, longest: Longest) -> Pivot | None:
     made = _made(layout, chunk, size, longest(chunk) if chunk.kind == "data" else 0)
-    if not made:
+    if made is None:
         return None
 
     def reach(of: Chunk) -> int:
@@ -107,26 +107,40 @@ def _judged(layout: Layout, chunk: Chunk, size: int, longest: Longest) -> Pivot 
 def _after(layout: Layout, moved: Chunk, made: tuple[Chunk, ...]) -> Iterator[tuple[Chunk, ...]]:
     """The chunks there may be afterwards: the kernel may put what moves into `made`, or beside others of its kind."""
     others = tuple(chunk for chunk in layout.chunks if chunk.logical != moved.logical)
-    if moved.kind == "data":
-        # Whatever part of it takes what room among the others, so none of that counts.
-        yield (*(replace(chunk, rooms=(), balloon_rooms=()) for chunk in others), *made)
+    if moved.kind == "data" and moved.held:
+        # Whatever part of it takes what room among the others, so only what the balloon keeps meanwhile counts.
+        yield (*(replace(chunk, rooms=()) for chunk in others), *made)
         return
     yield (*others, *made)
     for chunk in others:
-        if chunk.kind == "metadata" and chunk.length - chunk.used >= moved.used:
-            yield tuple(replace(o, used=o.used + moved.used) if o.logical == chunk.logical else o for o in others)
+        if chunk.kind == moved.kind == "metadata" and chunk.length - chunk.used >= moved.used:
+            yield _beside(others, chunk, moved.used)
 
 
-def _made(layout: Layout, chunk: Chunk, size: int, longest: int) -> tuple[Chunk, ...]:
-    """The chunks that the kernel makes for what is in `chunk` once the filesystem has `size`; none if not certain."""
+def _beside(others: tuple[Chunk, ...], chunk: Chunk, used: int) -> tuple[Chunk, ...]:
+    return tuple(replace(o, used=o.used + used) if o.logical == chunk.logical else o for o in others)
+
+
+def _would_starve(layout: Layout, moved: Chunk) -> bool:
+    """True when the other metadata chunks could take all of `moved`, and would be short of room afterwards."""
+    free = sum(c.length - c.used for c in layout.chunks if c.kind == "metadata" and c.logical != moved.logical)
+    return free >= moved.used and metadata_short_of(layout, moved.used, free, moves=False) > 0
+
+
+def _made(layout: Layout, chunk: Chunk, size: int, longest: int) -> tuple[Chunk, ...] | None:
+    """The chunks that the kernel makes for what is in `chunk` once the filesystem has `size`; None if not certain."""
+    if chunk.vacant:
+        return ()
     copies = len(chunk.stripes)
     gaps = holes_at(layout.chunks, size)
     at = max(other.logical + other.length for other in layout.chunks)
     if chunk.kind == "metadata":
+        if _would_starve(layout, chunk):
+            return None
         start, length = _place(gaps, copies * metadata_chunk(layout, size))
         length = length // copies // STRIPE * STRIPE
         if length < _metadata_needs(layout, chunk):
-            return ()
+            return None
         stripes = tuple(start + length * copy for copy in range(copies))
         return (replace(chunk, logical=at, stripes=stripes, length=length, stripe_length=length),)
     made: list[Chunk] = []
@@ -134,7 +148,7 @@ def _made(layout: Layout, chunk: Chunk, size: int, longest: int) -> tuple[Chunk,
     while len(made) < MOST_MADE:
         start, length = _place(gaps, min(_round(-(-size // 10)), GIB))
         if length < MIB:
-            return ()
+            return None
         used = min(held, length)
         held -= used
         rooms = (length - used,) if used < length else ()
@@ -143,7 +157,7 @@ def _made(layout: Layout, chunk: Chunk, size: int, longest: int) -> tuple[Chunk,
         if certain and chunk.held - longest < certain:
             return tuple(made)
         at += length
-    return ()
+    return None
 
 
 def _place(gaps: list[tuple[int, int]], wanted: int) -> tuple[int, int]:

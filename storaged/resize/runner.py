@@ -6,6 +6,7 @@ resizer's child process.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import threading
@@ -41,6 +42,10 @@ YIELD_MORE = 16 * MIB
 
 EMPTY = -1
 """Stands for all empty chunks among what was tried; other negative numbers are cuts that were refused."""
+LITTLE = 16 * MIB
+"""What is moved in no time, even by somebody who was told to stop."""
+MOST_PIVOTS = 3
+"""In a row that gained nothing."""
 WORTH_A_ROUND = 8 * MIB
 """What must be gained before all chunks are looked at again."""
 
@@ -152,7 +157,7 @@ class ResizeRunner:
         """
         target = max(sector_floor(work.job.requested), KERNEL_MINIMUM)
         tried: set[int] = set()
-        stuck = self._fs.size() + WORTH_A_ROUND
+        asked, pivots = 0, MOST_PIVOTS
         why = ""
         work.tell(ev.JobPrepared(work.job.id))
         while (size := self._fs.size()) > target:
@@ -173,18 +178,21 @@ class ResizeRunner:
                 tried.add(EMPTY)  # not sooner: as room in chunks they are part of what was promised
                 self._hand_back()
                 continue
-            if size <= stuck - WORTH_A_ROUND:  # what the last one has gained is the leave for the next
-                stuck = size
+            most = sum(chunk.kind == "data" for chunk in layout.chunks)
+            chunk = next_chunk(layout, tried) if size == asked and len(tried) <= most + 2 else None
+            if chunk is None and pivots:  # at a new size, and when there is nothing else to do
+                asked = size
                 if pivot := next_pivot(layout, longest):
                     self._pivot(work, layout, pivot, target)
+                    pivots = MOST_PIVOTS if size - self._fs.size() >= WORTH_A_ROUND else pivots - 1
                     tried.clear()
                     continue
-            chunk = next_chunk(layout, tried)
-            most = sum(chunk.kind == "data" for chunk in layout.chunks)
-            if chunk is None or len(tried) > most + 2:
+                chunk = next_chunk(layout, tried) if len(tried) <= most + 2 else None
+            if chunk is None:
                 break
             tried.add(chunk.logical)
             self._rewrite(work, layout, chunk)
+            tried.discard(EMPTY)  # one that was made for what did not fit into it, too
         if work.refused:
             why += self._healer.heal(FilesystemError("", errno.ENOSPC))
         return why if size > target else ""
@@ -240,11 +248,22 @@ class ResizeRunner:
                 work.moved += chunk.held
             except FilesystemError as error:
                 if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
+                    self._back(layout.size)
                     raise
                 work.refused = True
             self._fs.sync()
             bounds = compute(self._balloon.layout(), self._balloon.longest())
-            self._tried_cut(work, max(min(bounds.minimum, layout.size), target))
+            if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target)):
+                log.info("a %s chunk moved in vain: %s", chunk.kind, why)
+
+    def _back(self, size: int) -> None:
+        """After a pivot that was cut off, to the size before it; not where much has to move, a cancel does not wait."""
+        with contextlib.suppress(FilesystemError):
+            self._fs.sync()
+            layout = self._balloon.layout()
+            step = next_step(layout, size, self._balloon.longest())
+            if layout.size > step.size == size and not step.blocked and left_to_move(layout, size) <= LITTLE:
+                self._healer.surely(size)
 
     def _hand_back(self) -> None:
         try:

@@ -213,8 +213,8 @@ def test_a_best_effort_ends_well_where_the_kernel_refuses_a_cut(guest: Guest, nu
 def test_a_refusal_is_healed_whatever_ends_a_best_effort(scattered: Guest) -> None:
     calls = []
 
-    def move_out(logical: int) -> None:
-        calls.append(logical)
+    def move_out(logical: int, *, metadata: bool = False) -> None:
+        calls.append((logical, metadata))
         raise FilesystemError("no", errno.ENOSPC if len(calls) == 1 else errno.EIO)
 
     scattered.world.resizer.move_out = move_out  # type: ignore[method-assign]
