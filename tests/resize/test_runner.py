@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 
 import pytest
@@ -130,6 +131,7 @@ def test_with_best_effort_it_goes_at_least_as_far_as_was_promised(size: int, tar
     assert max(target, KERNEL_MINIMUM) <= guest.disk.size <= max(minimum, target, KERNEL_MINIMUM)
     assert bool(ended.reason) == (guest.disk.size > max(target, KERNEL_MINIMUM)), "why it is no smaller"
     assert sum(chunk.used for chunk in guest.disk.chunks) == used, "nobody's data is lost"
+    assert not guest.disk.read_only, "metadata went nowhere without a hole for it"
 
 
 def test_a_best_effort_that_gains_nothing_says_why_and_changes_nothing(guest: Guest) -> None:
@@ -159,6 +161,54 @@ def test_what_is_rewritten_lets_a_shrink_go_further_than_was_promised(scattered:
     assert scattered.disk.faults.calls["move_out"]
     assert scattered.disk.size < minimum - 200 * MIB
     assert sum(chunk.used for chunk in scattered.disk.of("data")) == 1200 * MIB
+
+
+@pytest.fixture
+def topped(guest: Guest) -> Guest:
+    """Full data chunks, and above them metadata in a chunk much longer than it need be."""
+    guest.disk.write(2 * guest.disk.data_chunk)
+    metadata = guest.disk.of("metadata")[0]
+    at = metadata.start
+    for chunk in guest.disk.of("data"):
+        chunk.start, at = at, at + chunk.length
+    metadata.start = at
+    return guest
+
+
+def test_a_chunk_that_is_too_long_goes_up_and_comes_back_shorter(topped: Guest) -> None:
+    minimum = topped.minimum()
+    sizes: list[int] = []
+    resize = topped.world.resizer.resize
+
+    def watched(size: int) -> None:
+        resize(size)
+        sizes.append(size)
+
+    topped.world.resizer.resize = watched  # type: ignore[method-assign]
+    ended = topped.run(0, best_effort=True)
+    assert ended.outcome is ev.Outcome.SUCCEEDED
+    assert topped.disk.size < minimum - 16 * MIB
+    assert any(after > before for before, after in itertools.pairwise(sizes)), "room was taken back for a moment"
+    assert not topped.disk.read_only
+
+
+def test_room_is_taken_back_only_where_the_device_has_it(topped: Guest) -> None:
+    minimum = topped.minimum()
+    topped.world.resizer.resize(minimum)
+    topped.disk.set_device(minimum)
+    topped.run(0, best_effort=True)
+    assert topped.disk.size == minimum
+
+
+@pytest.mark.parametrize("number", [errno.ECANCELED, errno.EIO, errno.ENOSPC])
+def test_what_ends_while_room_is_taken_back_gives_it_up_again(topped: Guest, number: int) -> None:
+    minimum = topped.minimum()
+    topped.disk.faults.fail("move_out", FilesystemError("no", number), times=9)
+    ended = topped.run(0, best_effort=True)
+    outcomes = {errno.ECANCELED: ev.Outcome.STOPPED, errno.EIO: ev.Outcome.FAILED, errno.ENOSPC: ev.Outcome.SUCCEEDED}
+    assert ended.outcome is outcomes[number]
+    assert topped.disk.faults.calls["move_out"]
+    assert topped.disk.size == minimum
 
 
 def test_what_was_promised_is_taken_before_anything_else_is_tried(guest: Guest) -> None:
