@@ -28,6 +28,9 @@ WORTH_A_PIVOT = 8 * MIB
 """What must be certain to be gained."""
 MOST_JUDGED = 8
 """Chunks of metadata, of files with room between them, and of the balloon alone: those with most to gain of each."""
+TOPMOST = 2
+WORTH_OF_MOVED = 16
+"""What is moved may be this many times what is gained."""
 MOST_MADE = 8
 """New chunks that one chunk's data may go into."""
 
@@ -62,11 +65,13 @@ def next_pivot(layout: Layout, longest: Longest) -> Pivot | None:
 def _candidates(layout: Layout) -> list[Chunk]:
     metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata"]
     data = [chunk for chunk in layout.chunks if chunk.kind == "data" and not chunk.pinned]
-    loose = [chunk for chunk in data if chunk.held and chunk.length - chunk.held >= WORTH_MOVING]
+    # The topmost though they may be full: what they hold may come back into holes that are too short for a chunk.
+    topmost = [chunk for chunk in sorted(data, key=lambda chunk: chunk.top)[-TOPMOST:] if chunk.held]
+    loose = [c for c in data if c.held and c.length - c.held >= WORTH_MOVING and c not in topmost]
     vacant = [chunk for chunk in data if chunk.vacant]
     return [
         chunk
-        for kind in (metadata, loose, vacant)
+        for kind in (metadata, topmost, loose, vacant)
         for chunk in sorted(kind, key=lambda chunk: chunk.length - chunk.held, reverse=True)[:MOST_JUDGED]
     ]
 
@@ -74,7 +79,7 @@ def _candidates(layout: Layout) -> list[Chunk]:
 def _sizes(layout: Layout, chunk: Chunk) -> list[int]:
     """The sizes worth judging, smallest first: a place for it above all others, or new chunks as long as it is.
 
-    Under a balloon no more than a chunk's length is taken back: applications may not be given more.
+    Under a balloon no more than a chunk's length is given to anybody, what the balloon has in `chunk` included.
     """
     top = sector_ceil(max(other.top for other in layout.chunks))
     if chunk.vacant:
@@ -86,7 +91,8 @@ def _sizes(layout: Layout, chunk: Chunk) -> list[int]:
         wanted |= {above + 4 * CHUNK_STEP, 10 * needed, 10 * (needed + CHUNK_STEP)}
     most = layout.device
     if any(other.balloon for other in layout.chunks):
-        most = min(most, layout.size + max(other.length for other in layout.chunks if other.kind == "data"))
+        longest = max(other.length for other in layout.chunks if other.kind == "data")
+        most = min(most, layout.size + longest - chunk.balloon)
     return sorted(size for size in wanted if layout.size <= size <= most)
 
 
@@ -101,16 +107,14 @@ def _judged(layout: Layout, chunk: Chunk, size: int, longest: Longest) -> Pivot 
     worst = max(
         compute(replace(layout, size=size, chunks=chunks), reach).minimum for chunks in _after(layout, chunk, made)
     )
-    return Pivot(chunk, size, worst) if worst <= layout.size - WORTH_A_PIVOT else None
+    worth = max(WORTH_A_PIVOT, chunk.held // WORTH_OF_MOVED)
+    return Pivot(chunk, size, worst) if worst <= layout.size - worth else None
 
 
 def _after(layout: Layout, moved: Chunk, made: tuple[Chunk, ...]) -> Iterator[tuple[Chunk, ...]]:
     """The chunks there may be afterwards: the kernel may put what moves into `made`, or beside others of its kind."""
     others = tuple(chunk for chunk in layout.chunks if chunk.logical != moved.logical)
-    if moved.kind == "data" and moved.held:
-        # Whatever part of it takes what room among the others, so only what the balloon keeps meanwhile counts.
-        yield (*(replace(chunk, rooms=()) for chunk in others), *made)
-        return
+    # Data that goes into the room among other data leaves as much less to come back as it takes of it.
     yield (*others, *made)
     for chunk in others:
         if chunk.kind == moved.kind == "metadata" and chunk.length - chunk.used >= moved.used:
