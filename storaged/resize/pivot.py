@@ -62,6 +62,14 @@ def next_pivot(layout: Layout, longest: Longest) -> Pivot | None:
     return min(found, key=lambda pivot: (pivot.returns, pivot.size), default=None)
 
 
+def has_place(layout: Layout, chunk: Chunk, longest: Longest) -> bool:
+    """True when what is in `chunk` by now is certain to find a place at the present size, new chunks counted alone."""
+    now = next((other for other in layout.chunks if other.logical == chunk.logical), None)
+    if now is None or not metadata_is_safe(layout):
+        return False
+    return _made(layout, now, layout.size, longest(now) if now.kind == "data" else 0) is not None
+
+
 def _candidates(layout: Layout) -> list[Chunk]:
     metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata"]
     data = [chunk for chunk in layout.chunks if chunk.kind == "data" and not chunk.pinned]

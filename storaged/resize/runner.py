@@ -25,7 +25,7 @@ from storaged.resize.fit import Step, next_step
 from storaged.resize.heal import Healer
 from storaged.resize.job import Job
 from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, left_to_move
-from storaged.resize.pivot import Pivot, next_pivot
+from storaged.resize.pivot import Pivot, has_place, next_pivot
 from storaged.units import MIB, sector_floor
 
 log = logging.getLogger(__name__)
@@ -237,24 +237,37 @@ class ResizeRunner:
         """
         chunk = pivot.chunk
         with self._balloon.lock:
-            if pivot.size > layout.size:
-                self._call(work, partial(self._resizer.resize, pivot.size))
             try:
-                if chunk.balloon:
-                    self._balloon.vacate((chunk,))
-                move = partial(self._resizer.move_out, chunk.logical, metadata=chunk.kind == "metadata")
-                step = Step(pivot.size, (), chunk.held)
-                self._watched(work, step, chunk.held + left_to_move(layout, work.job.requested), move)
-                work.moved += chunk.held
-            except FilesystemError as error:
-                if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
-                    self._back(layout.size)
-                    raise
-                work.refused = True
-            self._fs.sync()
-            bounds = compute(self._balloon.layout(), self._balloon.longest())
-            if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target)):
-                log.info("a %s chunk moved in vain: %s", chunk.kind, why)
+                if pivot.size > layout.size:
+                    self._call(work, partial(self._resizer.resize, pivot.size))
+                self._move_up(work, chunk)
+                bounds = compute(self._balloon.layout(), self._balloon.longest())
+                if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target)):
+                    log.info("a %s chunk moved in vain: %s", chunk.kind, why)
+            except FilesystemError:
+                self._back(layout.size)
+                raise
+
+    def _move_up(self, work: _Work, chunk: Chunk) -> None:
+        """Out of `chunk`, if there still is a place for what is in it; where the kernel finds none, it stays."""
+        if chunk.balloon:
+            self._balloon.vacate((chunk,))
+        self._fs.sync()
+        layout = self._balloon.layout()
+        if not has_place(layout, chunk, self._balloon.longest()):
+            return  # the guest has written meanwhile
+        move = partial(self._resizer.move_out, chunk.logical, metadata=chunk.kind == "metadata")
+        left = chunk.held + left_to_move(layout, work.job.requested)
+        try:
+            self._watched(work, Step(layout.size, (), chunk.held), left, move)
+        except FilesystemError as error:
+            if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
+                raise
+            work.refused = True
+        else:
+            work.moved += chunk.held
+            self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
+        self._fs.sync()
 
     def _back(self, size: int) -> None:
         """After a pivot that was cut off, to the size before it; not where much has to move, a cancel does not wait."""

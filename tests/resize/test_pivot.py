@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from storaged.resize.bounds import compute
 from storaged.resize.fit import METADATA_MARGIN
 from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, holes
-from storaged.resize.pivot import WORTH_A_PIVOT, next_pivot
+from storaged.resize.pivot import WORTH_A_PIVOT, has_place, next_pivot
 from storaged.units import MIB, SECTOR
 from tests.resize.test_bounds import layouts
 
@@ -73,6 +73,15 @@ def test_metadata_that_is_longer_than_it_need_be_goes_up_and_comes_back_shorter(
 def test_without_room_on_the_device_nothing_goes_up() -> None:
     layout = picture(700, data(9, 491, 491), metadata(500, 200, 2), device=700)
     assert next_pivot(layout, short) is None
+
+
+def test_what_has_lost_its_place_meanwhile_stays() -> None:
+    chunks = (data(9, 491, 491), metadata(500, 200, 2))
+    assert has_place(picture(800, *chunks), chunks[1], short)
+    assert not has_place(picture(700, *chunks), chunks[1], short)
+    assert not has_place(picture(800, *chunks, data(700, 90, 10)), chunks[1], short)
+    assert not has_place(picture(800, data(9, 491, 491), metadata(500, 200, 195)), chunks[1], short)
+    assert not has_place(picture(800, chunks[0]), chunks[1], short)
 
 
 def test_metadata_that_others_would_choke_on_stays() -> None:

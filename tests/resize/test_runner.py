@@ -192,6 +192,24 @@ def test_a_chunk_that_is_too_long_goes_up_and_comes_back_shorter(topped: Guest) 
     assert not topped.disk.read_only
 
 
+def test_metadata_whose_hole_somebody_took_stays(topped: Guest) -> None:
+    minimum = topped.minimum()
+    resize = topped.world.resizer.resize
+
+    def watched(size: int) -> None:
+        grows = topped.disk.size < size
+        resize(size)
+        if grows:
+            topped.disk.write(topped.disk.unallocated())
+
+    topped.world.resizer.resize = watched  # type: ignore[method-assign]
+    ended = topped.run(0, best_effort=True)
+    assert ended.outcome is ev.Outcome.SUCCEEDED
+    assert topped.disk.size >= minimum
+    assert not topped.disk.read_only
+    assert not topped.disk.faults.calls["move_out"]
+
+
 def test_room_is_taken_back_only_where_the_device_has_it(topped: Guest) -> None:
     minimum = topped.minimum()
     topped.world.resizer.resize(minimum)
