@@ -246,16 +246,22 @@ class Step:
     """Why the call is not certain to succeed; it must not be made then."""
 
 
-def next_step(layout: Layout, target: int, longest: Longest) -> Step:
+def next_step(layout: Layout, target: int, longest: Longest, *, at_once: bool = False) -> Step:
     """The next call on the way to `target`: the topmost chunk that holds anything, and what is empty around it.
 
     One chunk at a time is durable, can be cancelled, and keeps what applications may write from jumping: the room
-    that the balloon gives up is cut away by the same step.
+    that the balloon gives up is cut away by the same step. All `at_once` takes one call where that is certain and no
+    more than a chunk's length moves, or goes out of the balloon: one by one, the first may take the second one's hole.
     """
     ordered = sorted(
         (c for c in layout.chunks if c.used or c.kind != "data"), key=lambda chunk: chunk.top, reverse=True
     )
     above = [chunk for chunk in ordered if chunk.top > target]
+    if at_once and len(above) > 1:
+        step = _step(layout, target, ordered, len(above), longest)
+        given = step.moves + sum(chunk.balloon for chunk in step.vacate)
+        if not step.blocked and given <= max((c.length for c in layout.chunks if c.kind == "data"), default=0):
+            return step
     first: Step | None = None
     for count in range(1, max(len(above), 1) + 1):
         step = _step(layout, target, ordered, min(count, len(above)), longest)

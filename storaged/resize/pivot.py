@@ -45,7 +45,10 @@ class Pivot:
 
 
 def next_pivot(layout: Layout, longest: Longest) -> Pivot | None:
-    """The one that gets furthest; None when none is certain to gain anything."""
+    """The one that gets furthest; None when none is certain to gain anything.
+
+    Rather one whose data comes back into holes alone: what takes room among other data takes it from what comes next.
+    """
     if not metadata_is_safe(layout):
         return None
     known: dict[int, int] = {}
@@ -55,11 +58,14 @@ def next_pivot(layout: Layout, longest: Longest) -> Pivot | None:
             known[chunk.logical] = longest(chunk)
         return known[chunk.logical]
 
-    found: list[Pivot] = []
-    for chunk in _candidates(layout):
-        judged = (_judged(layout, chunk, size, once) for size in _sizes(layout, chunk))
-        found += [pivot for pivot in judged if pivot is not None]
-    return min(found, key=lambda pivot: (pivot.returns, pivot.size), default=None)
+    for alone in (True, False):
+        found: list[Pivot] = []
+        for chunk in _candidates(layout):
+            judged = (_judged(layout, chunk, size, once, alone=alone) for size in _sizes(layout, chunk))
+            found += [pivot for pivot in judged if pivot is not None]
+        if found:
+            return min(found, key=lambda pivot: (pivot.returns, pivot.size))
+    return None
 
 
 def has_place(layout: Layout, chunk: Chunk, longest: Longest) -> bool:
@@ -104,7 +110,7 @@ def _sizes(layout: Layout, chunk: Chunk) -> list[int]:
     return sorted(size for size in wanted if layout.size <= size <= most)
 
 
-def _judged(layout: Layout, chunk: Chunk, size: int, longest: Longest) -> Pivot | None:
+def _judged(layout: Layout, chunk: Chunk, size: int, longest: Longest, *, alone: bool) -> Pivot | None:
     made = _made(layout, chunk, size, longest(chunk) if chunk.kind == "data" else 0)
     if made is None:
         return None
@@ -113,15 +119,19 @@ def _judged(layout: Layout, chunk: Chunk, size: int, longest: Longest) -> Pivot 
         return longest(chunk if of in made else of)
 
     worst = max(
-        compute(replace(layout, size=size, chunks=chunks), reach).minimum for chunks in _after(layout, chunk, made)
+        compute(replace(layout, size=size, chunks=chunks), reach).minimum
+        for chunks in _after(layout, chunk, made, alone=alone)
     )
     worth = max(WORTH_A_PIVOT, chunk.held // WORTH_OF_MOVED)
     return Pivot(chunk, size, worst) if worst <= layout.size - worth else None
 
 
-def _after(layout: Layout, moved: Chunk, made: tuple[Chunk, ...]) -> Iterator[tuple[Chunk, ...]]:
+def _after(layout: Layout, moved: Chunk, made: tuple[Chunk, ...], *, alone: bool) -> Iterator[tuple[Chunk, ...]]:
     """The chunks there may be afterwards: the kernel may put what moves into `made`, or beside others of its kind."""
     others = tuple(chunk for chunk in layout.chunks if chunk.logical != moved.logical)
+    if alone and moved.kind == "data" and moved.held:
+        yield (*(replace(chunk, rooms=()) for chunk in others), *made)
+        return
     # Data that goes into the room among other data leaves as much less to come back as it takes of it.
     yield (*others, *made)
     for chunk in others:

@@ -197,10 +197,10 @@ class ResizeRunner:
             why += self._healer.heal(FilesystemError("", errno.ENOSPC))
         return why if size > target else ""
 
-    def _tried_cut(self, work: _Work, cut: int) -> str:
+    def _tried_cut(self, work: _Work, cut: int, *, at_once: bool = False) -> str:
         """Shrink to `cut` as far as it goes; why it stopped before, empty at `cut`. A best effort ends well there."""
         try:
-            self._shrink(work, cut)
+            self._shrink(work, cut, at_once=at_once)
         except FilesystemError as error:
             if error.kind is Kind.OUT_OF_RANGE:  # the guest has written meanwhile, or `cut` itself is not certain
                 return error.message
@@ -242,7 +242,7 @@ class ResizeRunner:
                     self._call(work, partial(self._resizer.resize, pivot.size))
                 self._move_up(work, chunk)
                 bounds = compute(self._balloon.layout(), self._balloon.longest())
-                if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target)):
+                if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target), at_once=True):
                     log.info("a %s chunk moved in vain: %s", chunk.kind, why)
             except FilesystemError:
                 self._back(layout.size)
@@ -284,14 +284,14 @@ class ResizeRunner:
         except FilesystemError as error:
             log.info("empty chunks stay: %s", error)
 
-    def _shrink(self, work: _Work, target: int) -> None:
+    def _shrink(self, work: _Work, target: int, *, at_once: bool = False) -> None:
         """Step by step down to the target: each step is durable, and made only when it is certain to succeed."""
         size = self._fs.size()
         while size > target:
             if work.stop.is_set():
                 raise FilesystemError("cancelled", errno.ECANCELED)
             with self._balloon.lock:
-                step, layout = self._ready_step(target)
+                step, layout = self._ready_step(target, at_once=at_once)
                 left = left_to_move(layout, target)
                 if size == work.job.start_size:
                     work.tell(ev.JobPrepared(work.job.id))
@@ -303,22 +303,25 @@ class ResizeRunner:
             size = step.size
             self._progress(work, size, work.moved, work.moved + left - step.moves)
 
-    def _ready_step(self, target: int) -> tuple[Step, Layout]:
+    def _ready_step(self, target: int, *, at_once: bool) -> tuple[Step, Layout]:
         """The next step, room made for what it moves, and the layout it is for; FilesystemError if not certain."""
         while True:
             self._fs.sync()  # usage and free room are true only after a commit
             layout, longest = self._balloon.layout(), self._balloon.longest()
-            step = next_step(layout, target, longest)
+            step = next_step(layout, target, longest, at_once=at_once)
             if step.blocked:
                 # The guest has written since the request was judged.
                 raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
-            if not step.moves or not next_step(layout.as_it_is(), target, longest).blocked:
+            ready = next_step(layout.as_it_is(), target, longest, at_once=at_once)
+            if not step.moves or (not ready.blocked and ready.size == step.size):
                 return step, layout
             # What moves needs room that the balloon holds: as much as is cut away, so nothing is gained by others.
             staying = [chunk for chunk in layout.chunks if chunk.top <= step.size]
             lowest = [chunk for chunk in staying if chunk.top <= target]
             wanted = step.moves + YIELD_MORE
             if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
+                if not ready.blocked:
+                    return ready, layout
                 raise FilesystemError("the balloon could not make room for what has to move", errno.ENOSPC)
 
     def _watched(self, work: _Work, step: Step, left: int, call: Callable[[], None]) -> None:
