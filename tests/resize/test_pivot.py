@@ -128,7 +128,7 @@ def test_what_a_swap_file_pins_stays() -> None:
 def test_what_comes_back_at_once_leaves_the_hole_to_metadata() -> None:
     # One by one, the data would take a new chunk out of the hole that the metadata needs.
     up = data(700, 80, 8)
-    layout = picture(780, data(9, 291, 241), metadata(500, 200, 2), up)
+    layout = picture(780, data(9, 91, 41), metadata(500, 200, 2), up)
     target = 400 * MIB
     step = next_step(layout, target, short, at_once=True)
     assert (step.size, step.blocked) == (target, "")
