@@ -210,6 +210,26 @@ def test_metadata_whose_hole_somebody_took_stays(topped: Guest) -> None:
     assert not topped.disk.faults.calls["move_out"]
 
 
+def test_under_a_balloon_applications_get_no_more_than_a_chunk_for_it(topped: Guest) -> None:
+    topped.engine.hold(64 * MIB)
+    space = topped.world.filesystem.space
+    before, chunk = space().available, topped.disk.data_chunk
+    seen: list[int] = []
+    grown: list[int] = []
+    resize = topped.world.resizer.resize
+
+    def watched(size: int) -> None:
+        seen.append(space().available)
+        grown.append(size - topped.disk.size)
+        resize(size)
+        seen.append(space().available)
+
+    topped.world.resizer.resize = watched  # type: ignore[method-assign]
+    assert topped.run(0, best_effort=True).outcome is ev.Outcome.SUCCEEDED
+    assert max(grown) > 0, "it was taken back"
+    assert max(seen) <= before + chunk
+
+
 def test_room_is_taken_back_only_where_the_device_has_it(topped: Guest) -> None:
     minimum = topped.minimum()
     topped.world.resizer.resize(minimum)
