@@ -71,14 +71,14 @@ def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], 
     if pinned := next((chunk for chunk in moving if chunk.pinned), None):
         return f"data chunk at {pinned.top - pinned.stripe_length} cannot move: an active swap file lies in it"
     last_data = _last_data(moving, staying)
-    if last_data is None and not any(chunk.held or chunk.kind != "data" for chunk in moving):
+    works = any(not chunk.vacant for chunk in moving)
+    if last_data is None and not works:
         return ""
     where = f"{moving[-1].kind} chunk at {moving[-1].top - moving[-1].stripe_length}"
-    if any(chunk.kind not in ("data", "metadata", "system") for chunk in moving):
+    if any(chunk.kind not in ("data", "metadata", "system") and not chunk.vacant for chunk in moving):
         return f"{where} cannot move: it mixes data and metadata"
     room = sorted(holes((*moving, *staying), size), reverse=True)
     claimable = unclaimed(moving, room)
-    works = any(chunk.held or chunk.kind != "data" for chunk in moving)
     wanted = _wanted_holes(layout, moving, staying, size) if works else []
     for needed in wanted:
         if not room or room[0] < needed or claimable < MIB:
@@ -170,7 +170,7 @@ def _metadata_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[C
     short = used + layout.global_reserve + metadata_margin(size) - room
     if short <= 0:
         return 0
-    copies = max((len(chunk.stripes) for chunk in (*moving, *kept) if chunk.kind == "metadata"), default=1)
+    copies = max((len(chunk.stripes) for chunk in (*moving, *kept) if chunk.kind in ("metadata", "mixed")), default=1)
     taken = max(sum(c.held for c in moving if c.kind == "data") - sum(_rooms(staying)), 0)
     return max(copies * short + MIB - max(sum(holes(staying, size)) - taken, 0), 0)
 
