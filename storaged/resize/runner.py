@@ -363,6 +363,9 @@ class ResizeRunner:
                     continue
                 if error.kind is not Kind.BUSY:
                     work.kernel_refused = True
+                    if error.errno == errno.EINVAL and work.stop.is_set():
+                        # What the kernel says of a balance that is cancelled before it has begun (btrfs_balance).
+                        raise FilesystemError("cancelled", errno.ECANCELED) from error
                     raise
                 paused = "paused" in self._fs.space().exclusive_operation
                 if paused or time.monotonic() >= until:

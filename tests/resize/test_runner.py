@@ -268,6 +268,18 @@ def test_a_best_effort_is_cancelled_while_it_rewrites(scattered: Guest) -> None:
     assert (ended.outcome, scattered.disk.size) == (ev.Outcome.STOPPED, minimum)
 
 
+def test_a_cancel_before_a_balance_has_begun_is_a_cancel(scattered: Guest) -> None:
+    minimum = scattered.minimum()
+
+    def move_out(logical: int, *, metadata: bool = False) -> None:
+        scattered.runner._stops["a"].set()  # as `cancel` does, without waiting
+        raise FilesystemError("Invalid argument", errno.EINVAL)
+
+    scattered.world.resizer.move_out = move_out  # type: ignore[method-assign]
+    ended = scattered.run(0, best_effort=True)
+    assert (ended.outcome, scattered.disk.size) == (ev.Outcome.STOPPED, minimum)
+
+
 def test_what_finds_no_room_to_be_rewritten_ends_nothing(scattered: Guest) -> None:
     minimum = scattered.minimum()
     scattered.disk.faults.fail("move_out", FilesystemError("no room", errno.ENOSPC), times=99)
