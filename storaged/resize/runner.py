@@ -40,6 +40,9 @@ LEFT_OVER_S = 1.0
 YIELD_MORE = 16 * MIB
 """Room the balloon gives up beyond what moves, for what does not fit together exactly."""
 
+STAYS = (errno.ENOSPC, errno.ETXTBSY, errno.EINVAL)
+"""What the kernel says of a chunk that stays; the last while a cancel that met nothing is left over: a balance does not
+even begin then, and only the end of a relocation, such as the next cut, makes the kernel forget it."""
 EMPTY = -1
 """Stands for all empty chunks among what was tried; other negative numbers are cuts that were refused."""
 LITTLE = 16 * MIB
@@ -220,7 +223,7 @@ class ResizeRunner:
                 step = Step(layout.size, (), chunk.held)
                 self._watched(work, step, left, partial(self._resizer.move_out, chunk.logical))
             except FilesystemError as error:
-                if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
+                if error.errno not in STAYS:
                     raise
                 work.refused = True
                 return
@@ -261,7 +264,7 @@ class ResizeRunner:
         try:
             self._watched(work, Step(layout.size, (), chunk.held), left, move)
         except FilesystemError as error:
-            if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
+            if error.errno not in STAYS:
                 raise
             work.refused = True
         else:
