@@ -107,6 +107,8 @@ class BalloonEngine:
             if limit is None:
                 return self._release()
             may_give = fresh or self._spent_then is not None
+            if not fresh:
+                self._fs.sync()  # until then what was freed counts as spent
             spent = self._spent(self._fs.space())
             if fresh:
                 self._spent_then = spent
