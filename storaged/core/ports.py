@@ -89,11 +89,10 @@ class Resizer(Protocol):
     def resize(self, size: int) -> None:
         """Make the filesystem `size` bytes; returns when it is. FilesystemError with the kernel's errno."""
 
-    def move_out(self, logical: int, *, metadata: bool = False) -> None:
+    def move_out(self, logical: int) -> None:
         """Move all there is out of the data chunk at `logical`, and free it. FilesystemError: ENOSPC, nothing is lost.
 
-        Where to is the kernel's choice: other data chunks, new ones. A `metadata` chunk only where a hole for it is
-        certain.
+        Where to is the kernel's choice: other data chunks, new ones.
         """
 
     def cancel(self) -> None:
