@@ -1,9 +1,10 @@
 """The gate a shrink must pass: random filesystems, each shrunk to the size that is promised, then as far as it goes.
 
 For every layout: the promise is kept, the filesystem is never forced read-only, it takes writes afterwards up to what
-statvfs shows, no file is damaged, `btrfs check` is clean. Run `python -m lab.gate FIRST COUNT` for a table.
+statvfs shows, no file is damaged, `btrfs check` is clean. Run `python -m lab.gate FIRST COUNT [quick]` for a table.
 
-Where the filesystem is small, every deeper cut is tried on a copy too: what the kernel could have done, by luck or not.
+Where the filesystem is small, every deeper cut is tried on a copy too: what the kernel could have done, by luck or not;
+`quick` leaves that out.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from storaged.core import events as ev
 from storaged.errors import FilesystemError
 from storaged.resize.bounds import Bounds, compute
 from storaged.resize.job import Job
-from storaged.resize.layout import KERNEL_MINIMUM
+from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Layout
 from storaged.resize.runner import ResizeRunner
 from storaged.units import GIB, MIB
 
 BRUTE_FORCE_UP_TO = GIB
 BRUTE_FORCE_CUTS = 8
+SHARES = {"at most half used": 0.5, "at most three quarters used": 0.75, "all": float("inf")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Verdict:
 
     plan: Recipe
     used: int
+    floor: int
+    """The least size that could hold what is used, if it could be packed without a gap."""
     bound: int
     guaranteed: int
     min_dev_size: int
@@ -53,6 +57,14 @@ class Verdict:
     seconds: float
     bounds_seconds: float
     faults: tuple[str, ...]
+    why: str = ""
+    """What ended the second job."""
+
+
+def floor(layout: Layout) -> int:
+    """What the files hold, and every copy of the metadata; nobody gets below that, whatever they move."""
+    held = sum(chunk.held * len(chunk.stripes) for chunk in layout.chunks)
+    return max(FIRST_USABLE + held, KERNEL_MINIMUM)
 
 
 def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict:  # noqa: PLR0915  # one story, told in order
@@ -81,15 +93,17 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
                     faults.append(f"balloon: {error}")
         filesystem.sync()
         space = filesystem.space()
-        used = space.data_used + space.metadata_used - engine.size()
+        # A mixed chunk counts as data and as metadata.
+        used = space.data_used + (0 if space.mixed else space.metadata_used) - engine.size()
         least = int(run("btrfs", "inspect-internal", "min-dev-size", guest.mountpoint).split()[0])
         begun = time.monotonic()
-        bounds: Bounds = compute(engine.layout(), engine.longest())
+        layout = engine.layout()
+        bounds: Bounds = compute(layout, engine.longest())
         took = time.monotonic() - begun
         brute = _brute_force(guest, engine, bounds.minimum) if brute_force and plan.size <= BRUTE_FORCE_UP_TO else None
         begun = time.monotonic()
         runner = ResizeRunner(filesystem, resizer, engine, SystemClock())
-        moved, wrong = _resized(runner, filesystem, bounds.minimum, settle)
+        moved, why, wrong = _resized(runner, filesystem, bounds.minimum, settle)
         faults += wrong
         seconds = time.monotonic() - begun
         reached = filesystem.size()
@@ -113,14 +127,15 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
         faults.append(f"btrfs check: {str(error)[-200:]}")
     guest.close()
     return Verdict(
-        *(plan, used, bounds.minimum, bounds.guaranteed, least, reached, brute, moved, seconds, took), tuple(faults)
+        *(plan, used, floor(layout), bounds.minimum, bounds.guaranteed, least, reached, brute, moved, seconds, took),
+        *(tuple(faults), why),
     )
 
 
 def _resized(
     runner: ResizeRunner, filesystem: BtrfsFilesystem, promised: int, settle: Callable[[], None]
-) -> tuple[int, list[str]]:
-    """A job to what was promised, then one as far as it goes; bytes moved, and what went wrong."""
+) -> tuple[int, str, list[str]]:
+    """A job to what was promised, then one as far as it goes; bytes moved, what ended it, and what went wrong."""
     told: list[ev.JobEnded] = []
     faults = []
 
@@ -137,7 +152,7 @@ def _resized(
         runner.run(Job("further", KERNEL_MINIMUM, size, size, best_effort=True), tell, settle)
     if told[-1].outcome is not ev.Outcome.SUCCEEDED or filesystem.size() > size:
         faults.append(f"went from {size} to {filesystem.size()}: {told[-1].reason}")
-    return sum(end.moved for end in told), faults
+    return sum(end.moved for end in told), told[-1].reason, faults
 
 
 def _brute_force(guest: Guest, engine: BalloonEngine, bound: int) -> int:
@@ -201,43 +216,61 @@ def summary(verdicts: Iterable[Verdict]) -> str:
     seen = list(verdicts)
     failed = [verdict for verdict in seen if verdict.faults]
     lines = [f"layouts {len(seen)}, failed {len(failed)}"]
-    for name, ratios in (
-        ("bound / used", [v.bound / v.used for v in seen]),
-        ("reached / used", [v.reached / v.used for v in seen]),
-        ("reached / min-dev-size", [v.reached / v.min_dev_size for v in seen]),
-        ("bound / min-dev-size", [v.bound / v.min_dev_size for v in seen]),
-        ("guaranteed / min-dev-size", [v.guaranteed / v.min_dev_size for v in seen]),
-    ):
-        ordered = sorted(ratios)
-        p90 = ordered[min(len(ordered) * 9 // 10, len(ordered) - 1)]
-        lines.append(f"{name}: median {statistics.median(ordered):.2f}, p90 {p90:.2f}, worst {ordered[-1]:.2f}")
+    ratios: dict[str, Callable[[Verdict], float]] = {
+        "bound / used": lambda v: v.bound / v.used,
+        "reached / used": lambda v: v.reached / v.used,
+        "reached / floor": lambda v: v.reached / v.floor,
+        "floor / min-dev-size": lambda v: v.floor / v.min_dev_size,
+        "reached / min-dev-size": lambda v: v.reached / v.min_dev_size,
+        "bound / min-dev-size": lambda v: v.bound / v.min_dev_size,
+        "guaranteed / min-dev-size": lambda v: v.guaranteed / v.min_dev_size,
+    }
+    lines += [f"{name}: {_spread([of(verdict) for verdict in seen])}" for name, of in ratios.items()]
+    lines.append(f"above min-dev-size: {sum(verdict.reached > verdict.min_dev_size for verdict in seen)}")
+    for name, share in SHARES.items():
+        some = [verdict for verdict in seen if verdict.used <= share * verdict.plan.size]
+        if some:
+            medians = ", ".join(f"{what} {_median(some, what):.2f}" for what in ("bound", "reached", "floor"))
+            lines.append(f"{name}: {len(some)} layouts; median of min-dev-size: {medians}")
     tried = [verdict for verdict in seen if verdict.brute_force is not None]
     if tried:
-        ratios = [verdict.bound / (verdict.brute_force or verdict.bound) for verdict in tried]
-        as_deep = sum(ratio <= 1 for ratio in ratios)
+        deeper = [verdict.bound / (verdict.brute_force or verdict.bound) for verdict in tried]
+        as_deep = sum(ratio <= 1 for ratio in deeper)
         lines.append(
-            f"bound / brute force: median {statistics.median(ratios):.2f}, worst {max(ratios):.2f};"
+            f"bound / brute force: median {statistics.median(deeper):.2f}, worst {max(deeper):.2f};"
             f" nothing deeper worked on {as_deep} of {len(tried)}"
         )
     lines += [f"  {verdict.plan}: {'; '.join(verdict.faults)}" for verdict in failed]
     return "\n".join(lines)
 
 
-def main(first: int, count: int) -> int:
+def _spread(ratios: Iterable[float]) -> str:
+    ordered = sorted(ratios)
+    p90 = ordered[min(len(ordered) * 9 // 10, len(ordered) - 1)]
+    return f"median {statistics.median(ordered):.2f}, p90 {p90:.2f}, worst {ordered[-1]:.2f}"
+
+
+def _median(verdicts: Iterable[Verdict], what: str) -> float:
+    ratios: list[float] = [getattr(verdict, what) / verdict.min_dev_size for verdict in verdicts]
+    return statistics.median(ratios)
+
+
+def main(first: int, count: int, *, brute_force: bool = True) -> int:
     """Judge `count` layouts from seed `first`; 1 when any failed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is cleared
     sweep(memory())
     verdicts = []
     for seed in range(first, first + count):
         with workspace(memory()) as directory:
-            verdict = judge(recipe(seed), directory)
+            verdict = judge(recipe(seed), directory, brute_force=brute_force)
         verdicts.append(verdict)
         print(
-            f"{verdict.plan}: used {verdict.used // MIB} bound {verdict.bound // MIB}"
+            f"{verdict.plan}: used {verdict.used // MIB} floor {verdict.floor // MIB} bound {verdict.bound // MIB}"
             f" reached {verdict.reached // MIB}"
             f" guaranteed {verdict.guaranteed // MIB} min-dev-size {verdict.min_dev_size // MIB}"
             f" brute force {'-' if verdict.brute_force is None else verdict.brute_force // MIB}"
             f" moved {verdict.moved // MIB} in {verdict.seconds:.2f} s (bounds {verdict.bounds_seconds * 1e3:.0f} ms)"
+            f" because {verdict.why}"
             f" {'FAILED ' + '; '.join(verdict.faults) if verdict.faults else 'ok'}",
             flush=True,
         )
@@ -246,4 +279,4 @@ def main(first: int, count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), brute_force="quick" not in sys.argv[3:]))

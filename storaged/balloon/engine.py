@@ -143,7 +143,7 @@ class BalloonEngine:
                 if not target.relief_due(space, self._balloon.size()):
                     return 0, True
             budget = target.relief_budget(space, reserve, spent)
-            owned = [c for c in self.layout().chunks if c.vacant and 0 < c.balloon <= budget]
+            owned = [c for c in self.layout().chunks if c.vacant and c.kind == "data" and 0 < c.balloon <= budget]
             if not owned:
                 return 0, True
             chunk = max(owned, key=lambda c: c.balloon)

@@ -5,7 +5,8 @@ action, so it can be killed in the middle of a call, and its death cancels what 
 thread sees the end of standard input, even while a call runs.
 
 Requests, a line each: `size N` resizes to N bytes, `move N` moves all there is out of the data chunk whose logical
-address is N (a balance of that chunk alone). Answers: the ioctl's return value and errno, a line each.
+address is N (a balance of that chunk alone), `metadata N` out of the metadata chunk there. Answers: the ioctl's return
+value and errno, a line each.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ VOL_ARGS_SIZE = 4096
 NAME_OFFSET = 8
 IOC_BALANCE_V2 = 0xC4009420
 BALANCE_ARGS_SIZE = 1024
-BALANCE_DATA = 1
+BALANCE_DATA, BALANCE_METADATA = 1, 4
 ARGS_VRANGE = 1 << 4
-DATA_OFFSET = 16
-"""btrfs_ioctl_balance_args: flags and state come first, 8 bytes each."""
-DATA_ARGS = struct.Struct("=9Q")
+KIND_ARGS_SIZE = 136
+"""btrfs_ioctl_balance_args: flags and state, 8 bytes each; then what is asked of data, of metadata, and of system."""
+KIND_ARGS = struct.Struct("=9Q")
 """btrfs_balance_args up to its flags: profiles, usage, devid, pstart, pend; vstart, vend; target; flags."""
 
 
@@ -36,9 +37,10 @@ def _resize(devid: int, size: int) -> tuple[int, bytes]:
     return IOC_RESIZE, (bytes(NAME_OFFSET) + argument).ljust(VOL_ARGS_SIZE, b"\0")
 
 
-def _move(logical: int) -> tuple[int, bytes]:
-    data = DATA_ARGS.pack(0, 0, 0, 0, 0, logical, logical + 1, 0, ARGS_VRANGE)
-    return IOC_BALANCE_V2, (struct.pack("=QQ", BALANCE_DATA, 0) + data).ljust(BALANCE_ARGS_SIZE, b"\0")
+def _move(kind: int, logical: int) -> tuple[int, bytes]:
+    one = KIND_ARGS.pack(0, 0, 0, 0, 0, logical, logical + 1, 0, ARGS_VRANGE).ljust(KIND_ARGS_SIZE, b"\0")
+    head = struct.pack("=QQ", kind, 0) + bytes(0 if kind == BALANCE_DATA else KIND_ARGS_SIZE)
+    return IOC_BALANCE_V2, (head + one).ljust(BALANCE_ARGS_SIZE, b"\0")
 
 
 def main() -> None:
@@ -56,7 +58,10 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     while True:
         verb, number = requests.get().split()
-        request, argument = _resize(devid, int(number)) if verb == b"size" else _move(int(number))
+        if verb == b"size":
+            request, argument = _resize(devid, int(number))
+        else:
+            request, argument = _move(BALANCE_METADATA if verb == b"metadata" else BALANCE_DATA, int(number))
         buffer = ctypes.create_string_buffer(argument, len(argument))
         result = libc.ioctl(fd, request, ctypes.addressof(buffer))
         error = ctypes.get_errno() if result < 0 else 0

@@ -61,15 +61,16 @@ class ChildResizer:
             reason = _REASONS.get(number, os.strerror(number))
             raise FilesystemError(f"resize to {size} bytes: {reason}", number)
 
-    def move_out(self, logical: int) -> None:
+    def move_out(self, logical: int, *, metadata: bool = False) -> None:
         self._moving = True
         try:
-            number = self._ask(b"move %d\n" % logical)
+            number = self._ask((b"metadata %d\n" if metadata else b"move %d\n") % logical)
         finally:
             self._moving = False
         if number:
             reason = _REASONS_TO_STAY.get(number) or _REASONS.get(number, os.strerror(number))
-            raise FilesystemError(f"moving the data chunk at {logical}: {reason}", number)
+            kind = "metadata" if metadata else "data"
+            raise FilesystemError(f"moving the {kind} chunk at {logical}: {reason}", number)
 
     def _ask(self, request: bytes) -> int:
         """The kernel's errno, 0 for success. Raises when the kernel is busy or the child is gone."""

@@ -89,10 +89,11 @@ class Resizer(Protocol):
     def resize(self, size: int) -> None:
         """Make the filesystem `size` bytes; returns when it is. FilesystemError with the kernel's errno."""
 
-    def move_out(self, logical: int) -> None:
+    def move_out(self, logical: int, *, metadata: bool = False) -> None:
         """Move all there is out of the data chunk at `logical`, and free it. FilesystemError: ENOSPC, nothing is lost.
 
-        Where to is the kernel's choice: other data chunks, new ones.
+        Where to is the kernel's choice: other data chunks, new ones. A `metadata` chunk only where a hole for it is
+        certain.
         """
 
     def cancel(self) -> None:

@@ -111,7 +111,7 @@ def _promising(  # noqa: C901, PLR0912, PLR0915  # one sweep with its sums in lo
         elif chunk.kind == "system":
             system = max(system, len(chunk.stripes) * max(SYSTEM_CHUNK, chunk.length))
             anything = 1
-        else:
+        elif not chunk.vacant:
             break
         if chunk.used or chunk.kind != "data":
             largest = max(largest, device)

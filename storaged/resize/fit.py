@@ -71,14 +71,14 @@ def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], 
     if pinned := next((chunk for chunk in moving if chunk.pinned), None):
         return f"data chunk at {pinned.top - pinned.stripe_length} cannot move: an active swap file lies in it"
     last_data = _last_data(moving, staying)
-    if last_data is None and not any(chunk.held or chunk.kind != "data" for chunk in moving):
+    works = any(not chunk.vacant for chunk in moving)
+    if last_data is None and not works:
         return ""
     where = f"{moving[-1].kind} chunk at {moving[-1].top - moving[-1].stripe_length}"
-    if any(chunk.kind not in ("data", "metadata", "system") for chunk in moving):
+    if any(chunk.kind not in ("data", "metadata", "system") and not chunk.vacant for chunk in moving):
         return f"{where} cannot move: it mixes data and metadata"
     room = sorted(holes((*moving, *staying), size), reverse=True)
     claimable = unclaimed(moving, room)
-    works = any(chunk.held or chunk.kind != "data" for chunk in moving)
     wanted = _wanted_holes(layout, moving, staying, size) if works else []
     for needed in wanted:
         if not room or room[0] < needed or claimable < MIB:
@@ -170,7 +170,7 @@ def _metadata_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[C
     short = used + layout.global_reserve + metadata_margin(size) - room
     if short <= 0:
         return 0
-    copies = max((len(chunk.stripes) for chunk in (*moving, *kept) if chunk.kind == "metadata"), default=1)
+    copies = max((len(chunk.stripes) for chunk in (*moving, *kept) if chunk.kind in ("metadata", "mixed")), default=1)
     taken = max(sum(c.held for c in moving if c.kind == "data") - sum(_rooms(staying)), 0)
     return max(copies * short + MIB - max(sum(holes(staying, size)) - taken, 0), 0)
 
@@ -246,16 +246,22 @@ class Step:
     """Why the call is not certain to succeed; it must not be made then."""
 
 
-def next_step(layout: Layout, target: int, longest: Longest) -> Step:
+def next_step(layout: Layout, target: int, longest: Longest, *, at_once: bool = False) -> Step:
     """The next call on the way to `target`: the topmost chunk that holds anything, and what is empty around it.
 
     One chunk at a time is durable, can be cancelled, and keeps what applications may write from jumping: the room
-    that the balloon gives up is cut away by the same step.
+    that the balloon gives up is cut away by the same step. All `at_once` takes one call where that is certain and no
+    more than a chunk's length moves, or goes out of the balloon: one by one, the first may take the second one's hole.
     """
     ordered = sorted(
         (c for c in layout.chunks if c.used or c.kind != "data"), key=lambda chunk: chunk.top, reverse=True
     )
     above = [chunk for chunk in ordered if chunk.top > target]
+    if at_once and len(above) > 1:
+        step = _step(layout, target, ordered, len(above), longest)
+        given = step.moves + sum(chunk.balloon for chunk in step.vacate)
+        if not step.blocked and given <= max((c.length for c in layout.chunks if c.kind == "data"), default=0):
+            return step
     first: Step | None = None
     for count in range(1, max(len(above), 1) + 1):
         step = _step(layout, target, ordered, min(count, len(above)), longest)

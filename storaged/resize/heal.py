@@ -51,18 +51,18 @@ class Healer:
             size = self._fs.size()
             less = size - SECTOR
             if less >= KERNEL_MINIMUM and all(chunk.top <= less for chunk in self._fs.layout().chunks):
-                self._surely(less)
-                self._surely(size)
+                self.surely(less)
+                self.surely(size)
             elif size + SECTOR <= self._fs.device_size():
-                self._surely(size + SECTOR)
-                self._surely(size)
+                self.surely(size + SECTOR)
+                self.surely(size)
             else:
                 self._fs.reclaim_empty_chunks()
         except (StoragedError, OSError) as failure:
             return f"; healing it failed: {failure}"
         return ""
 
-    def _surely(self, size: int) -> None:
+    def surely(self, size: int) -> None:
         """A resize that moves nothing, though somebody may still be cancelling what ran before it."""
         for attempt in range(TRIES):
             try:

@@ -43,7 +43,7 @@ class Chunk:
     @property
     def vacant(self) -> bool:
         """True when nothing but the balloon holds it, so that it goes without a byte being moved."""
-        return self.kind == "data" and self.used <= self.balloon
+        return self.kind in ("data", "mixed") and self.used <= self.balloon
 
     @property
     def held(self) -> int:

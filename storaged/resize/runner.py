@@ -6,6 +6,7 @@ resizer's child process.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import threading
@@ -24,6 +25,7 @@ from storaged.resize.fit import Step, next_step
 from storaged.resize.heal import Healer
 from storaged.resize.job import Job
 from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, left_to_move
+from storaged.resize.pivot import Pivot, has_place, next_pivot
 from storaged.units import MIB, sector_floor
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,15 @@ LEFT_OVER_S = 1.0
 YIELD_MORE = 16 * MIB
 """Room the balloon gives up beyond what moves, for what does not fit together exactly."""
 
+STAYS = (errno.ENOSPC, errno.ETXTBSY, errno.EINVAL)
+"""What the kernel says of a chunk that stays; the last while a cancel that met nothing is left over: a balance does not
+even begin then, and only the end of a relocation, such as the next cut, makes the kernel forget it."""
 EMPTY = -1
 """Stands for all empty chunks among what was tried; other negative numbers are cuts that were refused."""
+LITTLE = 16 * MIB
+"""What is moved in no time, even by somebody who was told to stop."""
+MOST_PIVOTS = 3
+"""In a row that gained nothing."""
 WORTH_A_ROUND = 8 * MIB
 """What must be gained before all chunks are looked at again."""
 
@@ -151,6 +160,7 @@ class ResizeRunner:
         """
         target = max(sector_floor(work.job.requested), KERNEL_MINIMUM)
         tried: set[int] = set()
+        asked, pivots = 0, MOST_PIVOTS
         why = ""
         work.tell(ev.JobPrepared(work.job.id))
         while (size := self._fs.size()) > target:
@@ -171,20 +181,29 @@ class ResizeRunner:
                 tried.add(EMPTY)  # not sooner: as room in chunks they are part of what was promised
                 self._hand_back()
                 continue
-            chunk = next_chunk(layout, tried)
             most = sum(chunk.kind == "data" for chunk in layout.chunks)
-            if chunk is None or len(tried) > most + 2:
+            chunk = next_chunk(layout, tried) if size == asked and len(tried) <= most + 2 else None
+            if chunk is None and pivots:  # at a new size, and when there is nothing else to do
+                asked = size
+                if pivot := next_pivot(layout, longest):
+                    self._pivot(work, layout, pivot, target)
+                    pivots = MOST_PIVOTS if size - self._fs.size() >= WORTH_A_ROUND else pivots - 1
+                    tried.clear()
+                    continue
+                chunk = next_chunk(layout, tried) if len(tried) <= most + 2 else None
+            if chunk is None:
                 break
             tried.add(chunk.logical)
             self._rewrite(work, layout, chunk)
+            tried.discard(EMPTY)  # one that was made for what did not fit into it, too
         if work.refused:
             why += self._healer.heal(FilesystemError("", errno.ENOSPC))
         return why if size > target else ""
 
-    def _tried_cut(self, work: _Work, cut: int) -> str:
+    def _tried_cut(self, work: _Work, cut: int, *, at_once: bool = False) -> str:
         """Shrink to `cut` as far as it goes; why it stopped before, empty at `cut`. A best effort ends well there."""
         try:
-            self._shrink(work, cut)
+            self._shrink(work, cut, at_once=at_once)
         except FilesystemError as error:
             if error.kind is Kind.OUT_OF_RANGE:  # the guest has written meanwhile, or `cut` itself is not certain
                 return error.message
@@ -204,7 +223,7 @@ class ResizeRunner:
                 step = Step(layout.size, (), chunk.held)
                 self._watched(work, step, left, partial(self._resizer.move_out, chunk.logical))
             except FilesystemError as error:
-                if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
+                if error.errno not in STAYS:
                     raise
                 work.refused = True
                 return
@@ -214,20 +233,68 @@ class ResizeRunner:
         work.moved += chunk.held
         self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
 
+    def _pivot(self, work: _Work, layout: Layout, pivot: Pivot, target: int) -> None:
+        """Grow for a moment, so that a chunk has where to go, and come back.
+
+        The balloon stands still until then: it would take the room that the way back needs.
+        """
+        chunk = pivot.chunk
+        with self._balloon.lock:
+            try:
+                if pivot.size > layout.size:
+                    self._call(work, partial(self._resizer.resize, pivot.size))
+                self._move_up(work, chunk)
+                bounds = compute(self._balloon.layout(), self._balloon.longest())
+                if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target), at_once=True):
+                    log.info("a %s chunk moved in vain: %s", chunk.kind, why)
+            except FilesystemError:
+                self._back(layout.size)
+                raise
+
+    def _move_up(self, work: _Work, chunk: Chunk) -> None:
+        """Out of `chunk`, if there still is a place for what is in it; where the kernel finds none, it stays."""
+        if chunk.balloon:
+            self._balloon.vacate((chunk,))
+        self._fs.sync()
+        layout = self._balloon.layout()
+        if not has_place(layout, chunk, self._balloon.longest()):
+            return  # the guest has written meanwhile
+        move = partial(self._resizer.move_out, chunk.logical, metadata=chunk.kind == "metadata")
+        left = chunk.held + left_to_move(layout, work.job.requested)
+        try:
+            self._watched(work, Step(layout.size, (), chunk.held), left, move)
+        except FilesystemError as error:
+            if error.errno not in STAYS:
+                raise
+            work.refused = True
+        else:
+            work.moved += chunk.held
+            self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
+        self._fs.sync()
+
+    def _back(self, size: int) -> None:
+        """After a pivot that was cut off, to the size before it; not where much has to move, a cancel does not wait."""
+        with contextlib.suppress(FilesystemError):
+            self._fs.sync()
+            layout = self._balloon.layout()
+            step = next_step(layout, size, self._balloon.longest())
+            if layout.size > step.size == size and not step.blocked and left_to_move(layout, size) <= LITTLE:
+                self._healer.surely(size)
+
     def _hand_back(self) -> None:
         try:
             self._fs.reclaim_empty_chunks()
         except FilesystemError as error:
             log.info("empty chunks stay: %s", error)
 
-    def _shrink(self, work: _Work, target: int) -> None:
+    def _shrink(self, work: _Work, target: int, *, at_once: bool = False) -> None:
         """Step by step down to the target: each step is durable, and made only when it is certain to succeed."""
         size = self._fs.size()
         while size > target:
             if work.stop.is_set():
                 raise FilesystemError("cancelled", errno.ECANCELED)
             with self._balloon.lock:
-                step, layout = self._ready_step(target)
+                step, layout = self._ready_step(target, at_once=at_once)
                 left = left_to_move(layout, target)
                 if size == work.job.start_size:
                     work.tell(ev.JobPrepared(work.job.id))
@@ -239,22 +306,25 @@ class ResizeRunner:
             size = step.size
             self._progress(work, size, work.moved, work.moved + left - step.moves)
 
-    def _ready_step(self, target: int) -> tuple[Step, Layout]:
+    def _ready_step(self, target: int, *, at_once: bool) -> tuple[Step, Layout]:
         """The next step, room made for what it moves, and the layout it is for; FilesystemError if not certain."""
         while True:
             self._fs.sync()  # usage and free room are true only after a commit
             layout, longest = self._balloon.layout(), self._balloon.longest()
-            step = next_step(layout, target, longest)
+            step = next_step(layout, target, longest, at_once=at_once)
             if step.blocked:
                 # The guest has written since the request was judged.
                 raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
-            if not step.moves or not next_step(layout.as_it_is(), target, longest).blocked:
+            ready = next_step(layout.as_it_is(), target, longest, at_once=at_once)
+            if not step.moves or (not ready.blocked and ready.size == step.size):
                 return step, layout
             # What moves needs room that the balloon holds: as much as is cut away, so nothing is gained by others.
             staying = [chunk for chunk in layout.chunks if chunk.top <= step.size]
             lowest = [chunk for chunk in staying if chunk.top <= target]
             wanted = step.moves + YIELD_MORE
             if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
+                if not ready.blocked:
+                    return ready, layout
                 raise FilesystemError("the balloon could not make room for what has to move", errno.ENOSPC)
 
     def _watched(self, work: _Work, step: Step, left: int, call: Callable[[], None]) -> None:
@@ -296,6 +366,9 @@ class ResizeRunner:
                     continue
                 if error.kind is not Kind.BUSY:
                     work.kernel_refused = True
+                    if error.errno == errno.EINVAL and work.stop.is_set():
+                        # What the kernel says of a balance that is cancelled before it has begun (btrfs_balance).
+                        raise FilesystemError("cancelled", errno.ECANCELED) from error
                     raise
                 paused = "paused" in self._fs.space().exclusive_operation
                 if paused or time.monotonic() >= until:

@@ -19,6 +19,8 @@ from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout
 from storaged.sim.faults import Faults
 from storaged.units import GIB, MIB, SECTOR, sector_floor
 
+METADATA_STEP = 16 * MIB
+
 
 @dataclass(slots=True)
 class _Chunk:
@@ -74,6 +76,17 @@ class SimDisk:
                 return None
             at = max(at, chunk.start + chunk.length)
         return None
+
+    def roomiest(self, wanted: int, below: int) -> tuple[int, int] | None:
+        """The lowest hole of at least `wanted` bytes below an address, or else the longest: (start, length)."""
+        at, longest = MIB, (0, 0)
+        for chunk in [*sorted(self.chunks, key=lambda c: c.start), None]:
+            end = min(chunk.start if chunk else below, below)
+            if end - at >= wanted:
+                return at, wanted
+            longest = max(longest, ((end - at) // SECTOR * SECTOR, at))
+            at = max(at, chunk.start + chunk.length) if chunk else at
+        return (longest[1], longest[0]) if longest[0] >= MIB else None
 
     def unallocated(self) -> int:
         """Bytes that can become chunks; smaller holes than 1 MiB do not count."""
@@ -184,7 +197,6 @@ class SimFilesystem:
                     for c in sorted(self.disk.chunks, key=lambda c: c.start)
                 ),
                 5 * MIB,
-                min(256 * MIB, self.disk.size // 10),
             )
 
     def data_extents(self, start: int, length: int) -> list[tuple[int, int]]:
@@ -339,11 +351,9 @@ class SimResizer:
                     # A relocated balloon is real writes: nothing of it may be left above.
                     held = disk.place(chunk.held, size) if placed is not None and chunk.held else []
                 else:
-                    hole = disk.hole(chunk.length, size)
-                    placed, held = (None, None) if hole is None or hole[1] < chunk.length else ([], [])
-                    if hole is not None and placed is not None:
-                        chunk.start = hole[0]
+                    if self._move_metadata(chunk, size):
                         continue
+                    placed, held = None, None
                 if placed is None or held is None:
                     raise FilesystemError(f"resize to {size} bytes: no room", errno.ENOSPC)
                 for target, part in placed:
@@ -352,13 +362,23 @@ class SimResizer:
                     target.held += part
                 disk.chunks.remove(chunk)
 
-    def move_out(self, logical: int) -> None:
+    def _move_metadata(self, chunk: _Chunk, below: int) -> bool:
+        """A new chunk for `chunk` below an address, a tenth of that long; False when no hole takes what is in it."""
+        tenth = -(-below // 10 // METADATA_STEP) * METADATA_STEP
+        length = min(chunk.length if chunk.kind == "system" else 256 * MIB, tenth)
+        hole = self.disk.roomiest(length, below)
+        if hole is None or hole[1] < chunk.used or sum(c.length for c in self.disk.chunks) >= below:
+            return False
+        chunk.start, chunk.length = hole
+        return True
+
+    def move_out(self, logical: int, *, metadata: bool = False) -> None:
         disk = self.disk
         disk.faults.meet("move_out")
         with disk.lock:
             if disk.exclusive_operation != "none":
                 raise FilesystemError(disk.exclusive_operation, errno.EINPROGRESS, Kind.BUSY)
-            chunk = next((c for c in disk.of("data") if c.start == logical), None)
+            chunk = next((c for c in disk.of("metadata" if metadata else "data") if c.start == logical), None)
             if chunk is None:
                 return
             disk.exclusive_operation = "balance"
@@ -366,6 +386,10 @@ class SimResizer:
         try:
             self._spend(chunk.used + chunk.held)
             with disk.lock:
+                if metadata:
+                    if not self._move_metadata(chunk, disk.size):
+                        disk.read_only = True  # as the kernel does: nobody may try it without being certain
+                    return
                 used, chunk.used = chunk.used, chunk.length - chunk.held  # nothing goes into what is being moved
                 placed = disk.place(used + chunk.held, disk.size)
                 if placed is None:

@@ -285,6 +285,22 @@ def test_what_is_moved_out_of_a_chunk_lies_elsewhere(place: Place) -> None:
     assert fs.space().exclusive_operation == "none"
 
 
+def test_metadata_that_is_moved_out_of_its_chunk_lies_elsewhere(place: Place) -> None:
+    fs = place.world.filesystem
+    place.write(100 * MIB)
+    fs.sync()
+    before = fs.layout()
+    chunk = max((c for c in before.chunks if c.kind == "metadata"), key=lambda c: c.used)
+    place.world.resizer.move_out(chunk.logical, metadata=True)
+    fs.sync()
+    after = fs.layout()
+    assert chunk.stripes not in [c.stripes for c in after.chunks]
+    assert [c for c in after.chunks if c.kind == "data"] == [c for c in before.chunks if c.kind == "data"]
+    assert fs.size() == SIZE
+    assert not fs.space().read_only
+    assert fs.space().exclusive_operation == "none"
+
+
 def test_what_fits_nowhere_else_stays_where_it_is(place: Place) -> None:
     fs = place.world.filesystem
     place.write(700 * MIB)

@@ -69,7 +69,7 @@ def test_nothing_that_anybody_but_the_balloon_holds_lies_above_the_guaranteed_bo
     assert bound % SECTOR == 0
     assert KERNEL_MINIMUM <= bound <= layout.size
     for chunk in layout.chunks:
-        if chunk.kind != "data" or chunk.used > chunk.balloon:
+        if chunk.kind in ("metadata", "system") or chunk.used > chunk.balloon:
             assert chunk.top <= bound
 
 
@@ -228,6 +228,17 @@ def test_what_the_balloon_holds_below_is_room_too() -> None:
     layout = Layout(8 * GIB, 8 * GIB, (metadata, low, top))
     assert compute(layout, a_sector).minimum < 4 * GIB
     assert next_step(layout, 2 * GIB, a_sector).blocked == ""
+
+
+def test_mixed_chunks_go_only_where_the_balloon_alone_holds_them() -> None:
+    chunks = [chunk(n * GIB, GIB, n * GIB + MIB, used=GIB, balloon=GIB, kind="mixed") for n in range(1, 4)]
+    low = chunk(0, 256 * MIB, MIB, used=MIB, kind="mixed")
+    assert compute(Layout(8 * GIB, 8 * GIB, (low, *chunks)), a_sector).minimum == 257 * MIB
+    held = replace(chunks[1], balloon=GIB - SECTOR)
+    assert compute(Layout(8 * GIB, 8 * GIB, (low, chunks[0], held, chunks[2])), a_sector).minimum == held.top
+    full = replace(low, used=low.length)
+    bounds = compute(Layout(8 * GIB, 8 * GIB, (full, *chunks), 4 * MIB), a_sector)
+    assert bounds.minimum >= 257 * MIB + 12 * MIB, "room for metadata stays"
 
 
 def test_mixed_chunks_stay() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 
 import pytest
@@ -130,6 +131,7 @@ def test_with_best_effort_it_goes_at_least_as_far_as_was_promised(size: int, tar
     assert max(target, KERNEL_MINIMUM) <= guest.disk.size <= max(minimum, target, KERNEL_MINIMUM)
     assert bool(ended.reason) == (guest.disk.size > max(target, KERNEL_MINIMUM)), "why it is no smaller"
     assert sum(chunk.used for chunk in guest.disk.chunks) == used, "nobody's data is lost"
+    assert not guest.disk.read_only, "metadata went nowhere without a hole for it"
 
 
 def test_a_best_effort_that_gains_nothing_says_why_and_changes_nothing(guest: Guest) -> None:
@@ -161,6 +163,92 @@ def test_what_is_rewritten_lets_a_shrink_go_further_than_was_promised(scattered:
     assert sum(chunk.used for chunk in scattered.disk.of("data")) == 1200 * MIB
 
 
+@pytest.fixture
+def topped(guest: Guest) -> Guest:
+    """Full data chunks, and above them metadata in a chunk much longer than it need be."""
+    guest.disk.write(2 * guest.disk.data_chunk)
+    metadata = guest.disk.of("metadata")[0]
+    at = metadata.start
+    for chunk in guest.disk.of("data"):
+        chunk.start, at = at, at + chunk.length
+    metadata.start = at
+    return guest
+
+
+def test_a_chunk_that_is_too_long_goes_up_and_comes_back_shorter(topped: Guest) -> None:
+    minimum = topped.minimum()
+    sizes: list[int] = []
+    resize = topped.world.resizer.resize
+
+    def watched(size: int) -> None:
+        resize(size)
+        sizes.append(size)
+
+    topped.world.resizer.resize = watched  # type: ignore[method-assign]
+    ended = topped.run(0, best_effort=True)
+    assert ended.outcome is ev.Outcome.SUCCEEDED
+    assert topped.disk.size < minimum - 16 * MIB
+    assert any(after > before for before, after in itertools.pairwise(sizes)), "room was taken back for a moment"
+    assert not topped.disk.read_only
+
+
+def test_metadata_whose_hole_somebody_took_stays(topped: Guest) -> None:
+    minimum = topped.minimum()
+    resize = topped.world.resizer.resize
+
+    def watched(size: int) -> None:
+        grows = topped.disk.size < size
+        resize(size)
+        if grows:
+            topped.disk.write(topped.disk.unallocated())
+
+    topped.world.resizer.resize = watched  # type: ignore[method-assign]
+    ended = topped.run(0, best_effort=True)
+    assert ended.outcome is ev.Outcome.SUCCEEDED
+    assert topped.disk.size >= minimum
+    assert not topped.disk.read_only
+    assert not topped.disk.faults.calls["move_out"]
+
+
+def test_under_a_balloon_applications_get_no_more_than_a_chunk_for_it(topped: Guest) -> None:
+    topped.engine.hold(64 * MIB)
+    space = topped.world.filesystem.space
+    before, chunk = space().available, topped.disk.data_chunk
+    seen: list[int] = []
+    grown: list[int] = []
+    resize = topped.world.resizer.resize
+
+    def watched(size: int) -> None:
+        seen.append(space().available)
+        grown.append(size - topped.disk.size)
+        resize(size)
+        seen.append(space().available)
+
+    topped.world.resizer.resize = watched  # type: ignore[method-assign]
+    assert topped.run(0, best_effort=True).outcome is ev.Outcome.SUCCEEDED
+    assert max(grown) > 0, "it was taken back"
+    assert max(seen) <= before + chunk
+
+
+def test_room_is_taken_back_only_where_the_device_has_it(topped: Guest) -> None:
+    minimum = topped.minimum()
+    topped.world.resizer.resize(minimum)
+    topped.disk.set_device(minimum)
+    topped.run(0, best_effort=True)
+    assert topped.disk.size == minimum
+
+
+@pytest.mark.parametrize("number", [errno.ECANCELED, errno.EIO, errno.ENOSPC])
+def test_what_ends_while_room_is_taken_back_gives_it_up_again(topped: Guest, number: int) -> None:
+    minimum = topped.minimum()
+    topped.disk.faults.fail("move_out", FilesystemError("no", number), times=9)
+    ended = topped.run(0, best_effort=True)
+    outcomes = {errno.ECANCELED: ev.Outcome.STOPPED, errno.EIO: ev.Outcome.FAILED, errno.ENOSPC: ev.Outcome.SUCCEEDED}
+    assert ended.outcome is outcomes[number]
+    assert topped.disk.faults.calls["move_out"]
+    assert topped.disk.size == minimum
+
+
 def test_what_was_promised_is_taken_before_anything_else_is_tried(guest: Guest) -> None:
     guest.disk.write(4 * GIB)
     for chunk in guest.disk.of("data")[:2]:
@@ -176,6 +264,18 @@ def test_what_was_promised_is_taken_before_anything_else_is_tried(guest: Guest) 
 def test_a_best_effort_is_cancelled_while_it_rewrites(scattered: Guest) -> None:
     minimum = scattered.minimum()
     scattered.disk.faults.fail("move_out", FilesystemError("cancelled", errno.ECANCELED), times=2)
+    ended = scattered.run(0, best_effort=True)
+    assert (ended.outcome, scattered.disk.size) == (ev.Outcome.STOPPED, minimum)
+
+
+def test_a_cancel_before_a_balance_has_begun_is_a_cancel(scattered: Guest) -> None:
+    minimum = scattered.minimum()
+
+    def move_out(logical: int, *, metadata: bool = False) -> None:
+        scattered.runner._stops["a"].set()  # as `cancel` does, without waiting
+        raise FilesystemError("Invalid argument", errno.EINVAL)
+
+    scattered.world.resizer.move_out = move_out  # type: ignore[method-assign]
     ended = scattered.run(0, best_effort=True)
     assert (ended.outcome, scattered.disk.size) == (ev.Outcome.STOPPED, minimum)
 
@@ -213,8 +313,8 @@ def test_a_best_effort_ends_well_where_the_kernel_refuses_a_cut(guest: Guest, nu
 def test_a_refusal_is_healed_whatever_ends_a_best_effort(scattered: Guest) -> None:
     calls = []
 
-    def move_out(logical: int) -> None:
-        calls.append(logical)
+    def move_out(logical: int, *, metadata: bool = False) -> None:
+        calls.append((logical, metadata))
         raise FilesystemError("no", errno.ENOSPC if len(calls) == 1 else errno.EIO)
 
     scattered.world.resizer.move_out = move_out  # type: ignore[method-assign]
