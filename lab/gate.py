@@ -149,7 +149,9 @@ def _resized(
     if told[0].outcome is not ev.Outcome.SUCCEEDED or size != promised:
         faults.append(f"promised {promised}, reached {size}: {told[0].reason}")
     if size > KERNEL_MINIMUM:
-        runner.run(Job("further", KERNEL_MINIMUM, size, size, best_effort=True), tell, settle)
+        if before > size:  # what goes as far as it can begins where everybody begins
+            runner.run(Job("back", before, size, size), tell, settle)
+        runner.run(Job("further", KERNEL_MINIMUM, before, before, best_effort=True), tell, settle)
     if told[-1].outcome is not ev.Outcome.SUCCEEDED or filesystem.size() > size:
         faults.append(f"went from {size} to {filesystem.size()}: {told[-1].reason}")
     return sum(end.moved for end in told), told[-1].reason, faults

@@ -10,7 +10,7 @@ room below. It is promised only where the kernel cannot fail, whatever order it 
   `p - longest` bytes is certain (`certain_room`) for all that has moved before the last extent.
 - Metadata moves in nodes, so any room in the metadata chunks that stay will do, with a margin for the copies that
   the work itself makes; or a hole for a whole new chunk.
-- A new chunk comes only while the new size is larger than all chunks together, the one that moves included
+- A new chunk comes only while the new size is larger than all chunks together, those that still have to move included
   (`unclaimed`); a hole alone is not enough.
 - One data chunk stays, even when no file holds any data: the kernel makes a new one before it cuts the last one away.
 
@@ -63,10 +63,19 @@ def fit(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], longe
     return layout.size, reason
 
 
-def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int, longest: int) -> str:
+def obstacle(
+    layout: Layout,
+    moving: Sequence[Chunk],
+    staying: Sequence[Chunk],
+    size: int,
+    longest: int,
+    *,
+    one_call: bool = False,
+) -> str:
     """Why `moving` might not fit below `size` beside `staying`; empty when it is certain to.
 
-    Room that `moving` itself takes up below `size` is free only afterwards, so it does not count.
+    Room that `moving` itself takes up below `size` is free only afterwards, so it does not count. In `one_call` of the
+    kernel all of it is still there when the first has to move; step by step, what has moved is cut away.
     """
     if pinned := next((chunk for chunk in moving if chunk.pinned), None):
         return f"data chunk at {pinned.top - pinned.stripe_length} cannot move: an active swap file lies in it"
@@ -78,14 +87,15 @@ def obstacle(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], 
     if any(chunk.kind not in ("data", "metadata", "system") and not chunk.vacant for chunk in moving):
         return f"{where} cannot move: it mixes data and metadata"
     room = sorted(holes((*moving, *staying), size), reverse=True)
-    claimable = unclaimed(moving, room)
+    claimable = unclaimed(moving, room, all_at_once=one_call)
     wanted = _wanted_holes(layout, moving, staying, size) if works else []
     for needed in wanted:
         if not room or room[0] < needed or claimable < MIB:
             return f"{where} cannot move: no hole of {needed} bytes for a new metadata or system chunk"
         room = sorted([room[0] - needed, *room[1:]], reverse=True)
         claimable -= needed
-    if last_data is not None and unclaimed([last_data], room) - sum(wanted) < MIB:
+    with_last = [chunk for chunk in moving if last_data and one_call and chunk.top < last_data.top]
+    if last_data is not None and unclaimed([last_data, *with_last], room, all_at_once=True) - sum(wanted) < MIB:
         start = last_data.top - last_data.stripe_length
         return f"data chunk at {start} cannot move: it is the last one, and there is no hole for another"
     fresh = _new_chunks(room, size, claimable)
@@ -138,17 +148,18 @@ def _last_data_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[
     return max(MIB - room, 0)
 
 
-def unclaimed(moving: Iterable[Chunk], room: Iterable[int]) -> int:
+def unclaimed(moving: Iterable[Chunk], room: Iterable[int], *, all_at_once: bool = False) -> int:
     """Bytes of new chunks that the kernel can make in `room` while `moving` is still there, one chunk after the other.
 
     It makes none when the device's new size is not above what all chunks take, those above the new end included
     (fs/btrfs/volumes.c, gather_device_info; measured on Linux 6.18). Empty chunks go along with the one that holds
-    something, so all of them may still be there.
+    something, so all of them may still be there; where one call moves them `all_at_once`, the others
+    too. Metadata that gets no chunk then forces the filesystem read-only: its own was taken out of use beforehand.
     """
     largest = empty = 0
     for chunk in moving:
         length = len(chunk.stripes) * chunk.stripe_length
-        if chunk.used or chunk.kind != "data":
+        if not all_at_once and (chunk.used or chunk.kind != "data"):
             largest = max(largest, length)
         else:
             empty += length
@@ -281,6 +292,6 @@ def _step(layout: Layout, target: int, ordered: Sequence[Chunk], count: int, lon
     going = sorted((c for c in layout.chunks if c.top > size), key=lambda c: c.top, reverse=True)
     staying = [c for c in layout.chunks if c.top <= size]
     reach = max((longest(chunk) for chunk in ordered[:count] if chunk.kind == "data" and chunk.held), default=0)
-    blocked = obstacle(layout, going, staying, size, reach) if going else ""
+    blocked = obstacle(layout, going, staying, size, reach, one_call=True) if going else ""
     vacate = tuple(chunk for chunk in ordered[:count] if chunk.balloon)
     return Step(size, vacate, sum(chunk.held for chunk in ordered[:count]), blocked)

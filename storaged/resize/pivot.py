@@ -44,8 +44,8 @@ class Pivot:
     returns: int
 
 
-def next_pivot(layout: Layout, longest: Longest) -> Pivot | None:
-    """The one that gets furthest; None when none is certain to gain anything.
+def next_pivot(layout: Layout, longest: Longest, most: int) -> Pivot | None:
+    """The one that gets furthest; None when none is certain to gain anything. The filesystem is never above `most`.
 
     Rather one whose data comes back into holes alone: what takes room among other data takes it from what comes next.
     """
@@ -61,7 +61,7 @@ def next_pivot(layout: Layout, longest: Longest) -> Pivot | None:
     for alone in (True, False):
         found: list[Pivot] = []
         for chunk in _candidates(layout):
-            judged = (_judged(layout, chunk, size, once, alone=alone) for size in _sizes(layout, chunk))
+            judged = (_judged(layout, chunk, size, once, alone=alone) for size in _sizes(layout, chunk, most))
             found += [pivot for pivot in judged if pivot is not None]
         if found:
             return min(found, key=lambda pivot: (pivot.returns, pivot.size))
@@ -90,7 +90,7 @@ def _candidates(layout: Layout) -> list[Chunk]:
     ]
 
 
-def _sizes(layout: Layout, chunk: Chunk) -> list[int]:
+def _sizes(layout: Layout, chunk: Chunk, most: int) -> list[int]:
     """The sizes worth judging, smallest first: a place for it above all others, or new chunks as long as it is.
 
     Under a balloon no more than a chunk's length is given to anybody, what the balloon has in `chunk` included.
@@ -103,7 +103,7 @@ def _sizes(layout: Layout, chunk: Chunk) -> list[int]:
     wanted = {layout.size, above, above + CHUNK_STEP}
     if chunk.kind == "data":
         wanted |= {above + 4 * CHUNK_STEP, 10 * needed, 10 * (needed + CHUNK_STEP)}
-    most = layout.device
+    most = min(most, layout.device)
     if any(other.balloon for other in layout.chunks):
         longest = max(other.length for other in layout.chunks if other.kind == "data")
         most = min(most, layout.size + longest - chunk.balloon)

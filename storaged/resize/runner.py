@@ -185,7 +185,7 @@ class ResizeRunner:
             chunk = next_chunk(layout, tried) if size == asked and len(tried) <= most + 2 else None
             if chunk is None and pivots:  # at a new size, and when there is nothing else to do
                 asked = size
-                if pivot := next_pivot(layout, longest):
+                if pivot := next_pivot(layout, longest, work.job.start_size):
                     self._pivot(work, layout, pivot, target)
                     pivots = MOST_PIVOTS if size - self._fs.size() >= WORTH_A_ROUND else pivots - 1
                     tried.clear()
@@ -250,6 +250,9 @@ class ResizeRunner:
             except FilesystemError:
                 self._back(layout.size)
                 raise
+            finally:
+                if any(chunk.balloon for chunk in layout.chunks):
+                    work.settle()  # what it gave for one must not add up with what it gives for the next
 
     def _move_up(self, work: _Work, chunk: Chunk) -> None:
         """Out of `chunk`, if there still is a place for what is in it; where the kernel finds none, it stays."""

@@ -353,6 +353,7 @@ class SimResizer:
                 else:
                     if self._move_metadata(chunk, size):
                         continue
+                    disk.read_only = True  # as the kernel does: nobody may try it without being certain
                     placed, held = None, None
                 if placed is None or held is None:
                     raise FilesystemError(f"resize to {size} bytes: no room", errno.ENOSPC)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.resize.bounds import compute
-from storaged.resize.fit import Step, certain_room, fit, next_step
+from storaged.resize.fit import Step, certain_room, fit, next_step, obstacle
 from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, holes, left_to_move, with_balloon
 from storaged.units import GIB, MIB, SECTOR, sector_ceil
 
@@ -185,6 +185,18 @@ def test_no_new_chunk_is_counted_on_while_all_chunks_together_fill_the_new_size(
         layout = Layout(2 * GIB, 2 * GIB, (metadata, full, top))
         assert compute(layout, a_sector).minimum == (full.top if fits else top.top)
         assert (next_step(layout, full.top, a_sector).blocked == "") is fits
+
+
+def test_one_call_counts_all_that_still_has_to_move() -> None:
+    # Metadata's turn comes second: what is below it has its place then, and the kernel makes no new chunk.
+    up = chunk(533 * MIB, 96 * MIB, 533 * MIB, used=40 * MIB)
+    metadata = chunk(469 * MIB, 64 * MIB, 469 * MIB, used=2 * MIB, kind="metadata")
+    down = chunk(360 * MIB, 100 * MIB, 360 * MIB, used=20 * MIB)
+    low = chunk(5 * MIB, 220 * MIB, 5 * MIB, used=100 * MIB)
+    layout = Layout(629 * MIB, GIB, (low, down, metadata, up), 2 * MIB)
+    moving = [up, metadata, down]
+    assert not obstacle(layout, moving, [low], 350 * MIB, SECTOR)
+    assert "no hole" in obstacle(layout, moving, [low], 350 * MIB, SECTOR, one_call=True)
 
 
 def test_data_that_fits_below_is_moved_there() -> None:

@@ -45,7 +45,7 @@ def short(_: Chunk) -> int:
 
 @given(layout=layouts(), longest=st.sampled_from([SECTOR, MIB, LONG]))
 def test_a_pivot_gains_and_metadata_has_a_hole_made_for_it(layout: Layout, longest: int) -> None:
-    pivot = next_pivot(layout, lambda chunk: min(longest, chunk.held))
+    pivot = next_pivot(layout, lambda chunk: min(longest, chunk.held), layout.device)
     if pivot is None:
         return
     assert layout.size <= pivot.size <= layout.device
@@ -63,7 +63,7 @@ def test_a_pivot_gains_and_metadata_has_a_hole_made_for_it(layout: Layout, longe
 def test_metadata_that_is_longer_than_it_need_be_goes_up_and_comes_back_shorter() -> None:
     layout = picture(700, data(9, 491, 491), metadata(500, 200, 2))
     assert compute(layout, short).minimum == layout.size
-    pivot = next_pivot(layout, short)
+    pivot = next_pivot(layout, short, layout.device)
     assert pivot is not None
     assert pivot.chunk.kind == "metadata"
     assert pivot.size > layout.size
@@ -72,7 +72,12 @@ def test_metadata_that_is_longer_than_it_need_be_goes_up_and_comes_back_shorter(
 
 def test_without_room_on_the_device_nothing_goes_up() -> None:
     layout = picture(700, data(9, 491, 491), metadata(500, 200, 2), device=700)
-    assert next_pivot(layout, short) is None
+    assert next_pivot(layout, short, layout.device) is None
+
+
+def test_nothing_goes_up_above_where_the_job_began() -> None:
+    layout = picture(700, data(9, 491, 491), metadata(500, 200, 2))
+    assert next_pivot(layout, short, layout.size) is None
 
 
 def test_what_has_lost_its_place_meanwhile_stays() -> None:
@@ -86,12 +91,12 @@ def test_what_has_lost_its_place_meanwhile_stays() -> None:
 
 def test_metadata_that_others_would_choke_on_stays() -> None:
     layout = picture(700, metadata(9, 8, 1), data(17, 483, 483), metadata(500, 200, 2))
-    assert next_pivot(layout, short) is None, "the kernel may put it all into the small one"
+    assert next_pivot(layout, short, layout.device) is None, "the kernel may put it all into the small one"
 
 
 def test_metadata_that_is_short_lets_nothing_move() -> None:
     layout = picture(700, data(9, 300, 300), data(309, 191, 10), metadata(500, 200, 195))
-    assert next_pivot(layout, short) is None
+    assert next_pivot(layout, short, layout.device) is None
 
 
 def test_a_long_extent_goes_into_a_hole_once_chunks_are_as_long() -> None:
@@ -101,19 +106,19 @@ def test_a_long_extent_goes_into_a_hole_once_chunks_are_as_long() -> None:
         return min(LONG, chunk.held)
 
     assert compute(layout, longest).minimum == layout.size, "a cut makes chunks of a tenth only"
-    pivot = next_pivot(layout, longest)
+    pivot = next_pivot(layout, longest, layout.device)
     assert pivot is not None
     assert pivot.chunk.logical == 840 * MIB
     assert pivot.size // 10 > 112 * MIB - 16 * MIB
     assert pivot.returns <= 840 * MIB
     small = replace(layout, device=layout.size)
-    assert next_pivot(small, longest) is None
+    assert next_pivot(small, longest, small.device) is None
 
 
 def test_what_only_the_balloon_holds_makes_way_for_metadata() -> None:
     layout = picture(600, data(9, 300, 300), data(309, 200, 200, 200), metadata(509, 91, 2), device=600)
     assert compute(layout, short).minimum == layout.size
-    pivot = next_pivot(layout, short)
+    pivot = next_pivot(layout, short, layout.device)
     assert pivot is not None
     assert (pivot.chunk.logical, pivot.size) == (309 * MIB, layout.size)
     assert pivot.returns <= 309 * MIB + 96 * MIB
@@ -122,7 +127,7 @@ def test_what_only_the_balloon_holds_makes_way_for_metadata() -> None:
 def test_what_a_swap_file_pins_stays() -> None:
     layout = picture(1000, metadata(9, 80, 2), data(89, 260, 260), data(509, 330, 330), data(840, 160, 128))
     pinned = replace(layout, chunks=(*layout.chunks[:-1], replace(layout.chunks[-1], pinned=True)))
-    assert next_pivot(pinned, lambda chunk: min(LONG, chunk.held)) is None
+    assert next_pivot(pinned, lambda chunk: min(LONG, chunk.held), pinned.device) is None
 
 
 def test_what_comes_back_at_once_leaves_the_hole_to_metadata() -> None:
