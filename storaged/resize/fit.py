@@ -89,6 +89,8 @@ def obstacle(
     room = sorted(holes((*moving, *staying), size), reverse=True)
     claimable = unclaimed(moving, room, all_at_once=one_call)
     wanted = _wanted_holes(layout, moving, staying, size) if works else []
+    if wanted and one_call and _data_comes_first(moving):
+        return f"{where} cannot move: what comes before it may take the hole for a new metadata or system chunk"
     for needed in wanted:
         if not room or room[0] < needed or claimable < MIB:
             return f"{where} cannot move: no hole of {needed} bytes for a new metadata or system chunk"
@@ -107,6 +109,12 @@ def obstacle(
             f" below it (the longest extent has {longest})"
         )
     return ""
+
+
+def _data_comes_first(moving: Sequence[Chunk]) -> bool:
+    """True when the kernel moves data before metadata or a system chunk: it works downwards, by the highest stripe."""
+    data = [chunk.top for chunk in moving if chunk.kind == "data" and chunk.used]
+    return bool(data) and any(chunk.kind in ("metadata", "system") and chunk.top < max(data) for chunk in moving)
 
 
 def _with_a_gap(
@@ -257,22 +265,16 @@ class Step:
     """Why the call is not certain to succeed; it must not be made then."""
 
 
-def next_step(layout: Layout, target: int, longest: Longest, *, at_once: bool = False) -> Step:
+def next_step(layout: Layout, target: int, longest: Longest) -> Step:
     """The next call on the way to `target`: the topmost chunk that holds anything, and what is empty around it.
 
     One chunk at a time is durable, can be cancelled, and keeps what applications may write from jumping: the room
-    that the balloon gives up is cut away by the same step. All `at_once` takes one call where that is certain and no
-    more than a chunk's length moves, or goes out of the balloon: one by one, the first may take the second one's hole.
+    that the balloon gives up is cut away by the same step.
     """
     ordered = sorted(
         (c for c in layout.chunks if c.used or c.kind != "data"), key=lambda chunk: chunk.top, reverse=True
     )
     above = [chunk for chunk in ordered if chunk.top > target]
-    if at_once and len(above) > 1:
-        step = _step(layout, target, ordered, len(above), longest)
-        given = step.moves + sum(chunk.balloon for chunk in step.vacate)
-        if not step.blocked and given <= max((c.length for c in layout.chunks if c.kind == "data"), default=0):
-            return step
     first: Step | None = None
     for count in range(1, max(len(above), 1) + 1):
         step = _step(layout, target, ordered, min(count, len(above)), longest)

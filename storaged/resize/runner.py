@@ -200,10 +200,10 @@ class ResizeRunner:
             why += self._healer.heal(FilesystemError("", errno.ENOSPC))
         return why if size > target else ""
 
-    def _tried_cut(self, work: _Work, cut: int, *, at_once: bool = False) -> str:
+    def _tried_cut(self, work: _Work, cut: int) -> str:
         """Shrink to `cut` as far as it goes; why it stopped before, empty at `cut`. A best effort ends well there."""
         try:
-            self._shrink(work, cut, at_once=at_once)
+            self._shrink(work, cut)
         except FilesystemError as error:
             if error.kind is Kind.OUT_OF_RANGE:  # the guest has written meanwhile, or `cut` itself is not certain
                 return error.message
@@ -245,7 +245,7 @@ class ResizeRunner:
                     self._call(work, partial(self._resizer.resize, pivot.size))
                 self._move_up(work, chunk)
                 bounds = compute(self._balloon.layout(), self._balloon.longest())
-                if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target), at_once=True):
+                if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target)):
                     log.info("a %s chunk moved in vain: %s", chunk.kind, why)
             except FilesystemError:
                 self._back(layout.size)
@@ -290,14 +290,14 @@ class ResizeRunner:
         except FilesystemError as error:
             log.info("empty chunks stay: %s", error)
 
-    def _shrink(self, work: _Work, target: int, *, at_once: bool = False) -> None:
+    def _shrink(self, work: _Work, target: int) -> None:
         """Step by step down to the target: each step is durable, and made only when it is certain to succeed."""
         size = self._fs.size()
         while size > target:
             if work.stop.is_set():
                 raise FilesystemError("cancelled", errno.ECANCELED)
             with self._balloon.lock:
-                step, layout = self._ready_step(target, at_once=at_once)
+                step, layout = self._ready_step(target)
                 left = left_to_move(layout, target)
                 if size == work.job.start_size:
                     work.tell(ev.JobPrepared(work.job.id))
@@ -309,16 +309,16 @@ class ResizeRunner:
             size = step.size
             self._progress(work, size, work.moved, work.moved + left - step.moves)
 
-    def _ready_step(self, target: int, *, at_once: bool) -> tuple[Step, Layout]:
+    def _ready_step(self, target: int) -> tuple[Step, Layout]:
         """The next step, room made for what it moves, and the layout it is for; FilesystemError if not certain."""
         while True:
             self._fs.sync()  # usage and free room are true only after a commit
             layout, longest = self._balloon.layout(), self._balloon.longest()
-            step = next_step(layout, target, longest, at_once=at_once)
+            step = next_step(layout, target, longest)
             if step.blocked:
                 # The guest has written since the request was judged.
                 raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
-            ready = next_step(layout.as_it_is(), target, longest, at_once=at_once)
+            ready = next_step(layout.as_it_is(), target, longest)
             if not step.moves or (not ready.blocked and ready.size == step.size):
                 return step, layout
             # What moves needs room that the balloon holds: as much as is cut away, so nothing is gained by others.

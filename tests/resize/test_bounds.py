@@ -194,9 +194,19 @@ def test_one_call_counts_all_that_still_has_to_move() -> None:
     down = chunk(360 * MIB, 100 * MIB, 360 * MIB, used=20 * MIB)
     low = chunk(5 * MIB, 220 * MIB, 5 * MIB, used=100 * MIB)
     layout = Layout(629 * MIB, GIB, (low, down, metadata, up), 2 * MIB)
-    moving = [up, metadata, down]
-    assert not obstacle(layout, moving, [low], 350 * MIB, SECTOR)
-    assert "no hole" in obstacle(layout, moving, [low], 350 * MIB, SECTOR, one_call=True)
+    assert not obstacle(layout, [up, metadata, down], [low], 350 * MIB, SECTOR)
+    assert "no hole" in obstacle(layout, [metadata, down], [low], 350 * MIB, SECTOR, one_call=True)
+
+
+def test_data_that_goes_first_may_take_the_hole_of_metadata() -> None:
+    up = chunk(300 * MIB, 30 * MIB, 400 * MIB, used=20 * MIB)
+    metadata = chunk(200 * MIB, 40 * MIB, 350 * MIB, used=2 * MIB, kind="metadata")
+    low = chunk(5 * MIB, 100 * MIB, 5 * MIB, used=100 * MIB)
+    layout = Layout(430 * MIB, GIB, (low, metadata, up), 2 * MIB)
+    assert not obstacle(layout, [up, metadata], [low], 350 * MIB, SECTOR)
+    assert "may take" in obstacle(layout, [up, metadata], [low], 350 * MIB, SECTOR, one_call=True)
+    below = replace(up, stripes=(310 * MIB,))
+    assert not obstacle(layout, [metadata, below], [low], 310 * MIB, SECTOR, one_call=True)
 
 
 def test_data_that_fits_below_is_moved_there() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storaged.resize.bounds import compute
-from storaged.resize.fit import METADATA_MARGIN, next_step
+from storaged.resize.fit import METADATA_MARGIN
 from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, holes
 from storaged.resize.pivot import WORTH_A_PIVOT, has_place, next_pivot
 from storaged.units import MIB, SECTOR
@@ -128,13 +128,3 @@ def test_what_a_swap_file_pins_stays() -> None:
     layout = picture(1000, metadata(9, 80, 2), data(89, 260, 260), data(509, 330, 330), data(840, 160, 128))
     pinned = replace(layout, chunks=(*layout.chunks[:-1], replace(layout.chunks[-1], pinned=True)))
     assert next_pivot(pinned, lambda chunk: min(LONG, chunk.held), pinned.device) is None
-
-
-def test_what_comes_back_at_once_leaves_the_hole_to_metadata() -> None:
-    # One by one, the data would take a new chunk out of the hole that the metadata needs.
-    up = data(700, 80, 8)
-    layout = picture(780, data(9, 91, 41), metadata(500, 200, 2), up)
-    target = 400 * MIB
-    step = next_step(layout, target, short, at_once=True)
-    assert (step.size, step.blocked) == (target, "")
-    assert next_step(layout, target, short).size > target
