@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from storaged.resize.fit import SYSTEM_CHUNK, certain_room, data_chunk, fit, metadata_chunk, metadata_short_of
+from storaged.resize.fit import (
+    SYSTEM_CHUNK,
+    certain_room,
+    data_chunk,
+    fit,
+    metadata_chunk,
+    metadata_room,
+    metadata_short_of,
+)
 from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, Longest, holes_at
 from storaged.units import MIB, SECTOR
 
@@ -87,7 +95,7 @@ def _promising(  # noqa: C901, PLR0912, PLR0915  # one sweep with its sums in lo
     copies = max((len(chunk.stripes) for chunk in metadata), default=1)
     rooms = sum(sum(chunk.rooms) + sum(chunk.balloon_rooms) for chunk in ordered if chunk.kind == "data")
     unallocated = layout.size - FIRST_USABLE - sum(len(chunk.stripes) * chunk.stripe_length for chunk in ordered)
-    free = sum(chunk.length - chunk.used for chunk in metadata)
+    free = metadata_room(metadata)
     most_new = data_chunk(layout.size)
     found: list[tuple[int, int, int]] = [(0, 0, 0)]
     # Of the chunks above: data held, bytes of the device of the largest one and of the empty ones, metadata used.
@@ -106,7 +114,7 @@ def _promising(  # noqa: C901, PLR0912, PLR0915  # one sweep with its sums in lo
             rooms -= sum(chunk.rooms) + sum(chunk.balloon_rooms)
         elif chunk.kind == "metadata":
             used += chunk.used
-            free -= chunk.length - chunk.used
+            free -= metadata_room([chunk])
             moves = anything = 1
         elif chunk.kind == "system":
             system = max(system, len(chunk.stripes) * max(SYSTEM_CHUNK, chunk.length))

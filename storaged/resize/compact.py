@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from storaged.resize.fit import metadata_chunk, metadata_short_of
+from storaged.resize.fit import metadata_chunk, metadata_room, metadata_short_of
 from storaged.resize.layout import Chunk, Layout, holes
 from storaged.units import MIB
 
@@ -45,7 +45,7 @@ def metadata_is_safe(layout: Layout) -> bool:
     if any(chunk.kind == "mixed" for chunk in layout.chunks):
         return False
     metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata"]
-    if metadata_short_of(layout, 0, sum(c.length - c.used for c in metadata), moves=False) <= 0:
+    if metadata_short_of(layout, 0, metadata_room(metadata), moves=False) <= 0:
         return True
     another = metadata_chunk(layout, layout.size) * max((len(c.stripes) for c in metadata), default=1)
     return max(holes(layout.chunks, layout.size), default=0) >= another + 16 * MIB

@@ -28,6 +28,8 @@ from storaged.units import GIB, MIB, SECTOR, sector_ceil
 
 METADATA_MARGIN = 32 * MIB
 """Metadata room beyond what moves, for the copies the move itself makes."""
+CRAMPED_MOST = 64 * MIB
+"""Metadata up to this is moved within a moment."""
 CHUNK_STEP = 16 * MIB
 """To which the kernel rounds a tenth of the filesystem up (fs/btrfs/volumes.c, as above)."""
 GAP_STEP = MIB
@@ -100,7 +102,7 @@ def obstacle(
     if last_data is not None and unclaimed([last_data, *with_last], room, all_at_once=True) - sum(wanted) < MIB:
         start = last_data.top - last_data.stripe_length
         return f"data chunk at {start} cannot move: it is the last one, and there is no hole for another"
-    fresh = _new_chunks(room, size, claimable)
+    fresh = _new_chunks(room, size, claimable, in_full=bool(wanted))
     data = sum(chunk.held for chunk in moving if chunk.kind == "data")
     certain = certain_room((*_rooms(staying), *fresh), longest)
     if data and (not certain or data - longest >= certain):
@@ -184,7 +186,7 @@ def _metadata_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[C
     A filesystem cut down to its last metadata chunk refuses writes that statvfs promises.
     """
     kept = [chunk for chunk in staying if chunk.kind in ("metadata", "mixed")]
-    room = sum(chunk.length - chunk.used for chunk in kept)
+    room = metadata_room(kept)
     used = sum(chunk.used for chunk in moving if chunk.kind == "metadata")
     short = used + layout.global_reserve + metadata_margin(size) - room
     if short <= 0:
@@ -204,14 +206,17 @@ def data_chunk(size: int) -> int:
     return max(min(GIB, size // 10) // 65536 * 65536, 65536)
 
 
-def _new_chunks(room: Iterable[int], size: int, claimable: int) -> list[int]:
-    """The data chunks the kernel can make in holes of these lengths, while any of `claimable` bytes is left."""
+def _new_chunks(room: Iterable[int], size: int, claimable: int, *, in_full: bool) -> list[int]:
+    """The data chunks the kernel can make in holes of these lengths, while any of `claimable` bytes is left.
+
+    The last may claim more than there is, and `in_full` it does not count: where metadata needs its share.
+    """
     chunk = data_chunk(size)
     pieces: list[int] = []
     for hole in room:
         whole, rest = divmod(hole // 65536 * 65536, chunk)
         for piece in [chunk] * whole + ([rest] if rest >= MIB else []):
-            if claimable < MIB:
+            if claimable < (max(piece, MIB) if in_full else MIB):
                 return pieces
             pieces.append(piece)
             claimable -= piece
@@ -221,6 +226,26 @@ def _new_chunks(room: Iterable[int], size: int, claimable: int) -> list[int]:
 def metadata_margin(size: int) -> int:
     """Metadata room that a filesystem of `size` bytes needs to live in: 1/64 of it, 8 to 32 MiB."""
     return min(max(size // 64, 8 * MIB), METADATA_MARGIN)
+
+
+def metadata_room(chunks: Iterable[Chunk]) -> int:
+    """Room in metadata chunks. An empty one is none: the kernel's cleaner may take it away at any moment."""
+    return sum(chunk.length - chunk.used for chunk in chunks if chunk.used and chunk.kind in ("metadata", "mixed"))
+
+
+def cramped_metadata(layout: Layout) -> Chunk | None:
+    """The metadata chunk to move to a new one, because metadata is short of room and there is a hole for it.
+
+    When a chunk is cut away, what was in it may have gone into the small ones that mkfs has made, and the new one
+    may have gone again, because it was empty; the next step would find metadata full.
+    """
+    metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata" and chunk.used]
+    if not metadata or metadata_short_of(layout, 0, metadata_room(metadata), moves=False) <= 0:
+        return None
+    chunk = min(metadata, key=lambda chunk: chunk.used)
+    needed = len(chunk.stripes) * (chunk.used + layout.global_reserve + METADATA_MARGIN)
+    hole = max(holes(layout.chunks, layout.size), default=0)
+    return chunk if chunk.used <= CRAMPED_MOST and hole >= needed else None
 
 
 def metadata_short_of(layout: Layout, used: int, free: int, *, moves: bool) -> int:
@@ -242,8 +267,7 @@ def _wanted_holes(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chu
     wanted = []
     metadata = [chunk for chunk in moving if chunk.kind == "metadata"]
     kept = [chunk for chunk in staying if chunk.kind == "metadata"]
-    free = sum(chunk.length - chunk.used for chunk in kept)
-    short = metadata_short_of(layout, sum(chunk.used for chunk in metadata), free, moves=bool(metadata))
+    short = metadata_short_of(layout, sum(chunk.used for chunk in metadata), metadata_room(kept), moves=bool(metadata))
     if short > 0:
         copies = max((len(chunk.stripes) for chunk in (*metadata, *kept)), default=1)
         one = metadata_chunk(layout, size)

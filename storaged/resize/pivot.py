@@ -18,7 +18,14 @@ from dataclasses import dataclass, replace
 
 from storaged.resize.bounds import compute
 from storaged.resize.compact import WORTH_MOVING, metadata_is_safe
-from storaged.resize.fit import CHUNK_STEP, METADATA_MARGIN, certain_room, metadata_chunk, metadata_short_of
+from storaged.resize.fit import (
+    CHUNK_STEP,
+    METADATA_MARGIN,
+    certain_room,
+    metadata_chunk,
+    metadata_room,
+    metadata_short_of,
+)
 from storaged.resize.layout import Chunk, Layout, Longest, holes_at
 from storaged.units import GIB, KIB, MIB, sector_ceil
 
@@ -145,7 +152,7 @@ def _beside(others: tuple[Chunk, ...], chunk: Chunk, used: int) -> tuple[Chunk, 
 
 def _would_starve(layout: Layout, moved: Chunk) -> bool:
     """True when the other metadata chunks could take all of `moved`, and would be short of room afterwards."""
-    free = sum(c.length - c.used for c in layout.chunks if c.kind == "metadata" and c.logical != moved.logical)
+    free = metadata_room(c for c in layout.chunks if c.kind == "metadata" and c.logical != moved.logical)
     return free >= moved.used and metadata_short_of(layout, moved.used, free, moves=False) > 0
 
 

@@ -21,7 +21,7 @@ from storaged.core.ports import Clock, Filesystem, Resizer
 from storaged.errors import FilesystemError, Kind, StoragedError
 from storaged.resize.bounds import compute
 from storaged.resize.compact import empty_chunks, next_chunk
-from storaged.resize.fit import Step, next_step
+from storaged.resize.fit import Step, cramped_metadata, next_step
 from storaged.resize.heal import Healer
 from storaged.resize.job import Job
 from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, left_to_move
@@ -116,9 +116,12 @@ class ResizeRunner:
             if not work.job.shrinks:
                 self._grow(work)
             elif work.job.best_effort:
-                return ev.Outcome.SUCCEEDED, self._shrink_as_far(work)
+                why = self._shrink_as_far(work)
+                self._leave_metadata_room(work)
+                return ev.Outcome.SUCCEEDED, why
             else:
                 self._shrink(work, sector_floor(work.job.requested))
+                self._leave_metadata_room(work)
         except FilesystemError as error:
             if work.refused and error.errno != errno.ECANCELED:
                 self._healer.heal(FilesystemError("", errno.ENOSPC))  # whatever ended it now
@@ -297,7 +300,7 @@ class ResizeRunner:
             if work.stop.is_set():
                 raise FilesystemError("cancelled", errno.ECANCELED)
             with self._balloon.lock:
-                step, layout = self._ready_step(target)
+                step, layout = self._ready_step(work, target)
                 left = left_to_move(layout, target)
                 if size == work.job.start_size:
                     work.tell(ev.JobPrepared(work.job.id))
@@ -309,12 +312,17 @@ class ResizeRunner:
             size = step.size
             self._progress(work, size, work.moved, work.moved + left - step.moves)
 
-    def _ready_step(self, target: int) -> tuple[Step, Layout]:
+    def _ready_step(self, work: _Work, target: int) -> tuple[Step, Layout]:
         """The next step, room made for what it moves, and the layout it is for; FilesystemError if not certain."""
+        widened = False
         while True:
             self._fs.sync()  # usage and free room are true only after a commit
             layout, longest = self._balloon.layout(), self._balloon.longest()
             step = next_step(layout, target, longest)
+            if step.blocked and not widened and (cramped := cramped_metadata(layout)):
+                widened = True
+                self._widen(work, cramped)
+                continue
             if step.blocked:
                 # The guest has written since the request was judged.
                 raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
@@ -329,6 +337,22 @@ class ResizeRunner:
                 if not ready.blocked:
                     return ready, layout
                 raise FilesystemError("the balloon could not make room for what has to move", errno.ENOSPC)
+
+    def _widen(self, work: _Work, chunk: Chunk) -> None:
+        """A larger chunk for the metadata in `chunk`; what is short of room afterwards all the same blocks the step."""
+        try:
+            self._call(work, partial(self._resizer.move_out, chunk.logical, metadata=True))
+        except FilesystemError as error:
+            if error.errno not in STAYS:
+                raise
+            work.refused = True
+
+    def _leave_metadata_room(self, work: _Work) -> None:
+        """What was in a large chunk may be in a small one now: a larger one, before data takes the hole for it."""
+        with self._balloon.lock, contextlib.suppress(FilesystemError):  # the size is reached all the same
+            self._fs.sync()
+            if cramped := cramped_metadata(self._balloon.layout()):
+                self._widen(work, cramped)
 
     def _watched(self, work: _Work, step: Step, left: int, call: Callable[[], None]) -> None:
         """Call the kernel while another thread reports how far it is."""
