@@ -103,7 +103,7 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
         brute = _brute_force(guest, engine, bounds.minimum) if brute_force and plan.size <= BRUTE_FORCE_UP_TO else None
         begun = time.monotonic()
         runner = ResizeRunner(filesystem, resizer, engine, SystemClock())
-        moved, why, wrong = _resized(runner, filesystem, bounds.minimum, settle)
+        moved, why, wrong = _resized(runner, filesystem, engine, bounds.minimum, settle)
         faults += wrong
         seconds = time.monotonic() - begun
         reached = filesystem.size()
@@ -133,7 +133,11 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
 
 
 def _resized(
-    runner: ResizeRunner, filesystem: BtrfsFilesystem, promised: int, settle: Callable[[], None]
+    runner: ResizeRunner,
+    filesystem: BtrfsFilesystem,
+    engine: BalloonEngine,
+    promised: int,
+    settle: Callable[[], None],
 ) -> tuple[int, str, list[str]]:
     """A job to what was promised, then one as far as it goes; bytes moved, what ended it, and what went wrong."""
     told: list[ev.JobEnded] = []
@@ -151,6 +155,8 @@ def _resized(
     if size > KERNEL_MINIMUM:
         if before > size:  # what goes as far as it can begins where everybody begins
             runner.run(Job("back", before, size, size), tell, settle)
+        filesystem.sync()
+        size = max(size, compute(engine.layout(), engine.longest()).minimum)
         runner.run(Job("further", KERNEL_MINIMUM, before, before, best_effort=True), tell, settle)
     if told[-1].outcome is not ev.Outcome.SUCCEEDED or filesystem.size() > size:
         faults.append(f"went from {size} to {filesystem.size()}: {told[-1].reason}")

@@ -21,7 +21,7 @@ fi
 
 kernel=linux-image-amd64
 newest=forky # the first release with vhost-device-vsock
-guest=(python3 libstdc++6 libc-bin dash findutils btrfs-progs kmod iproute2 mount util-linux coreutils e2fsprogs bash grep
+guest=(python3 libstdc++6 libc-bin dash findutils btrfs-progs dmsetup kmod iproute2 mount util-linux coreutils e2fsprogs bash grep
     sed mawk tzdata libbtrfsutil1 busybox-static systemd systemd-sysv dbus udev passwd base-passwd)
 
 vm=$PWD/build/vm

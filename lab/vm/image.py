@@ -18,7 +18,7 @@ from lab.vm.parts import BUILD, GUEST, ROOT, kernel, kernel_release
 
 MODULES = (
     *("virtio_pci", "virtio_blk", "virtio_net", "ext4", "overlay", "btrfs", "9p", "9pnet_fd"),
-    *("vmw_vsock_virtio_transport", "vsock_loopback"),
+    *("vmw_vsock_virtio_transport", "vsock_loopback", "loop", "dm_thin_pool"),
 )
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
 GROUP = "root:x:0:\nnogroup:x:65534:\n"

@@ -18,6 +18,10 @@ from storaged.host.events import PoolSampled
 BLOCK = 512
 """The unit of st_blocks (stat(2)) and of device-mapper's sectors, whatever the filesystem's block size."""
 TOOL_WITHIN_S = 5.0
+METADATA_KEPT = 4096
+"""Blocks of 4 KiB at most, and a tenth at most, of a thin pool's metadata are not for mappings."""
+MAPPED_BY_A_BLOCK = 64
+"""Data blocks that a block of metadata surely maps: half of the fewest that a B-tree's leaf of 252 entries holds."""
 
 
 class PoolError(StoragedError):
@@ -54,36 +58,53 @@ def capacity(path: str) -> int:
     return stats.f_blocks * stats.f_frsize
 
 
-def thin_pool_free(status: str, table: str) -> int:
-    """Free data bytes from what `dmsetup status` and `dmsetup table` print for a thin pool. Raises PoolError.
+def thin_pool_free(status: str, block: int) -> int:
+    """Bytes that a thin pool of `block` bytes a block still takes, from its `dmsetup status`. Raises PoolError.
 
-    status: START LENGTH thin-pool TRANSACTION METADATA_USED/TOTAL DATA_USED/TOTAL ...
-    table:  START LENGTH thin-pool METADATA_DEV DATA_DEV BLOCK_SECTORS ...  (kernel: device-mapper/thin-provisioning)
-    A pool in need of repair, or read-only, has nothing to give.
+    status: START LENGTH thin-pool TRANSACTION METADATA_USED/TOTAL DATA_USED/TOTAL ...  (kernel:
+    device-mapper/thin-provisioning). It ends when either data or metadata does; the kernel keeps some of the metadata
+    for itself (drivers/md/dm-thin-metadata.c, __set_metadata_reserve). One in need of repair, or read-only, takes none.
     """
-    fields, shape = status.split(), table.split()
-    if len(fields) < 4 or fields[2] != "thin-pool" or shape[2:3] != ["thin-pool"]:
+    fields = status.split()
+    if len(fields) < 4 or fields[2] != "thin-pool":
         raise PoolError(f"not a thin pool: {status.strip()!r}")
     if fields[3] in {"Fail", "Error"} or {"ro", "out_of_data_space", "needs_check"} & set(fields[6:]):
         return 0
     try:
-        used, total = (int(number) for number in fields[5].split("/"))
-        return (total - used) * int(shape[5]) * BLOCK
-    except (IndexError, ValueError) as error:
+        (mapped, most_mapped), (used, total) = (map(int, field.split("/")) for field in fields[4:6])
+    except ValueError as error:
         raise PoolError(f"thin pool status {status.strip()!r} is not understood") from error
+    kept = min(METADATA_KEPT, most_mapped // 10)
+    return max(min(total - used, (most_mapped - mapped - kept) * MAPPED_BY_A_BLOCK), 0) * block
 
 
-@dataclass(frozen=True, slots=True)
+def thin_pool_block(table: str) -> int:
+    """Bytes of a thin pool's block, from its `dmsetup table`. Raises PoolError.
+
+    table:  START LENGTH thin-pool METADATA_DEV DATA_DEV BLOCK_SECTORS ...
+    """
+    shape = table.split()
+    if shape[2:3] != ["thin-pool"]:
+        raise PoolError(f"not a thin pool: {table.strip()!r}")
+    try:
+        return int(shape[5]) * BLOCK
+    except (IndexError, ValueError) as error:
+        raise PoolError(f"thin pool table {table.strip()!r} is not understood") from error
+
+
 class ThinSource:
     """A filesystem on a thin volume: what is free is the least of what it and the dm-thin pool `pool` have."""
 
-    filesystem: FilesystemSource
-    pool: str
+    def __init__(self, filesystem: FilesystemSource, pool: str) -> None:
+        self.filesystem = filesystem
+        self.pool = pool
+        self._block = 0  # as long as there is a pool by this name it stays what it is
 
     def free(self) -> int:
+        self._block = self._block or thin_pool_block(self._dmsetup("table"))
         # --noflush: a status must not wait for a commit of the pool.
-        status = self._dmsetup("status", "--noflush")
-        return min(self.filesystem.free(), thin_pool_free(status, self._dmsetup("table")))
+        pool = thin_pool_free(self._dmsetup("status", "--noflush"), self._block)
+        return min(self.filesystem.free(), pool)
 
     def _dmsetup(self, *command: str) -> str:
         try:
@@ -96,6 +117,7 @@ class ThinSource:
         except subprocess.TimeoutExpired as error:
             raise PoolError(f"dmsetup {command[0]} {self.pool} does not answer") from error
         except subprocess.CalledProcessError as error:
+            self._block = 0  # what comes by this name may be another
             raise PoolError(f"dmsetup {command[0]} {self.pool}: {error.stderr.strip()}") from error
         return done.stdout
 

@@ -10,7 +10,7 @@ import pytest
 from storaged.errors import ConfigError
 from storaged.host.config import load, parse
 from storaged.host.machines import Machine
-from storaged.host.watch import FilesystemSource, PoolError, Watcher, allocated, thin_pool_free
+from storaged.host.watch import FilesystemSource, PoolError, Watcher, allocated, thin_pool_block, thin_pool_free
 from storaged.units import GIB, MIB
 
 TABLE = "0 409600 thin-pool 253:0 253:1 128 32768 1 skip_block_zeroing"
@@ -58,17 +58,25 @@ def test_free_is_what_an_unprivileged_writer_has(tmp_path: Path) -> None:
         ("0 409600 thin-pool 1 20/1024 3200/3200 - out_of_data_space discard_passdown queue_if_no_space - 1024", 0),
         ("0 409600 thin-pool 1 20/1024 1200/3200 - ro discard_passdown queue_if_no_space - 1024", 0),
         ("0 409600 thin-pool 1 20/1024 1200/3200 - rw discard_passdown error_if_no_space needs_check 1024", 0),
+        ("0 409600 thin-pool 1 900/1024 1200/3200 - rw discard_passdown queue_if_no_space - 256", 22 * 64 * 65536),
+        ("0 409600 thin-pool 1 1000/1024 1200/3200 - rw discard_passdown queue_if_no_space - 256", 0),
         ("0 409600 thin-pool Fail", 0),
     ],
 )
 def test_a_thin_pool(status: str, free: int) -> None:
-    assert thin_pool_free(status, TABLE) == free
+    assert thin_pool_free(status, thin_pool_block(TABLE)) == free
 
 
 @pytest.mark.parametrize("status", ["", "0 8 linear 1", "0 8 thin-pool 1 x y", "0 8 thin-pool 1 1/2 a/b - rw"])
 def test_words_that_are_not_understood_are_no_number(status: str) -> None:
     with pytest.raises(PoolError):
-        thin_pool_free(status, TABLE)
+        thin_pool_free(status, 65536)
+
+
+@pytest.mark.parametrize("table", ["", "0 8 linear 8:0 0", "0 8 thin-pool 253:0 253:1", "0 8 thin-pool 253:0 253:1 x"])
+def test_a_table_that_is_not_understood_is_no_block(table: str) -> None:
+    with pytest.raises(PoolError):
+        thin_pool_block(table)
 
 
 def test_a_machine_by_its_pid_file(tmp_path: Path) -> None:
