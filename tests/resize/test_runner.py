@@ -501,3 +501,31 @@ def test_after_a_crash_the_kernels_work_is_let_end_and_healed(guest: Guest) -> N
 def test_after_a_crash_in_a_grow_there_is_nothing_to_heal(guest: Guest) -> None:
     assert guest.runner.recover(Job("a", 12 * GIB, 8 * GIB, 8 * GIB, JobState.RUNNING)) == ""
     assert guest.disk.faults.calls["resize"] == 0
+
+
+@pytest.fixture
+def cramped() -> Guest:
+    """As a cut leaves it: metadata went into a small chunk of mkfs, and the new one has gone again, empty."""
+    guest = Guest()
+    guest.disk.write(GIB)
+    metadata = guest.disk.of("metadata")[0]
+    metadata.length, metadata.used = 8 * MIB, 6 * MIB
+    return guest
+
+
+def test_metadata_without_room_gets_a_chunk_before_a_step_that_needs_it(cramped: Guest) -> None:
+    disk = cramped.disk
+    metadata, (low, top) = disk.of("metadata")[0], disk.of("data")[:2]
+    low.start, low.length, low.used = 17 * MIB, 500 * MIB, 200 * MIB
+    top.start, top.length, top.used = 717 * MIB, 500 * MIB, 100 * MIB
+    disk.chunks, disk.size = [*disk.of("system"), metadata, low, top], 1217 * MIB
+    ended = cramped.run(717 * MIB)
+    assert (ended.outcome, ended.reason, disk.size) == (ev.Outcome.SUCCEEDED, "", 717 * MIB)
+    assert disk.of("metadata")[0].length >= 100 * MIB
+    assert not disk.read_only
+
+
+def test_metadata_without_room_gets_a_chunk_at_the_end(cramped: Guest) -> None:
+    ended = cramped.run(4 * GIB)
+    assert (ended.outcome, cramped.disk.size) == (ev.Outcome.SUCCEEDED, 4 * GIB)
+    assert cramped.disk.of("metadata")[0].length >= 40 * MIB, "before data takes the hole for it"
