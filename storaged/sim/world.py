@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from storaged.core.ports import Clock, JournalStore, World
-from storaged.sim.disk import SimBalloonFile, SimDisk, SimFilesystem, SimResizer
+from storaged.sim.disk import SimDisk
+from storaged.sim.filesystem import SimBalloonFile, SimFilesystem
+from storaged.sim.resizer import SimResizer
 from storaged.sim.system import MemoryJournal, SimClock, SimSysctl
 
 
