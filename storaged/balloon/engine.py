@@ -56,6 +56,8 @@ class BalloonEngine:
         self.inflated_total = 0
         self.deflated_total = 0
         self.target = 0
+        self._left_out = 0
+        """Freed bytes that the last trim of this call left out, because it would have held them back."""
         self._spent_then: int | None = None
         """What applications had written when the host last said what they may write; None: nobody knows."""
 
@@ -234,6 +236,7 @@ class BalloonEngine:
 
     def _settle(self, limit: int, *, may_give: bool) -> Held:
         before = (self.inflated_total, self.deflated_total)
+        self._left_out = 0
         space = self._fs.space()
         if target.next_move(space, self._balloon.size(), limit).by > 0:
             self._make_room_for_metadata(space)
@@ -323,9 +326,10 @@ class BalloonEngine:
             self._fs.sync()
             return True
         queued = self._fs.untrimmed()
-        if queued is None or queued < WORTH_A_TRIM or not self._fs.discard_supported():
+        if queued is None or queued - self._left_out < WORTH_A_TRIM or not self._fs.discard_supported():
             return False
         self._fs.trim()
+        self._left_out = self._fs.untrimmed() or 0
         return True
 
     def _after_refusal(self, error: FilesystemError, tried: int, space: Space, limit: int) -> int:

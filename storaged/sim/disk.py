@@ -42,6 +42,7 @@ class SimDisk:
         self.exclusive_operation = "none"
         self.freed = 0  # since the last commit: no trim reaches it yet
         self.untrimmed = 0
+        self.untrimmable = 0  # of it, what no trim may hold back now
         self.written = 0
         self.speed: float | None = None  # bytes a second that a shrink moves; None is at once
         self.cancelled = threading.Event()

@@ -90,7 +90,7 @@ class SimFilesystem:
     def trim(self) -> int:
         self.disk.faults.meet("trim")
         with self.disk.lock:
-            self.disk.untrimmed = 0
+            self.disk.untrimmed = min(self.disk.untrimmed, self.disk.untrimmable)
             return self.disk.data_free() + self.disk.unallocated()
 
     def reclaim_empty_chunks(self) -> None:

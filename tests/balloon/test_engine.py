@@ -174,6 +174,18 @@ def test_freed_blocks_are_handed_back_before_the_balloon_takes_their_place(guest
     assert guest.disk.faults.calls["trim"] == 1
 
 
+def test_what_a_trim_leaves_out_is_not_tried_again_in_the_same_call(guest: Guest) -> None:
+    guest.disk.write(2 * GIB)
+    guest.disk.delete(GIB)
+    guest.filesystem.sync()
+    guest.disk.untrimmable = 300 * MIB
+    guest.engine.hold(GIB)
+    assert guest.disk.faults.calls["trim"] == 1
+    guest.disk.untrimmable = 0
+    guest.engine.hold(GIB // 2)
+    assert guest.disk.untrimmed == 0, "by now there may be room"
+
+
 def short_of_metadata() -> Guest:
     """A guest whose balloon holds all the room there is, with metadata about to run out."""
     guest = Guest()
