@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -143,6 +144,7 @@ class Killer:
         self._state = directory / "state"
         self._exclusive = Path()
         self._application = Application(self._root, random.Random(seed + 1))
+        self._asked: list[grpc.Future[Any]] = []  # and not waited for
 
     def run(self, count: int) -> Tally:
         """Kill `count` times."""
@@ -169,6 +171,7 @@ class Killer:
             daemon.report_free(1 << 50)
             self._application.spread()
         children = daemon.children()
+        self._asked.clear()
         what = self._begin()
         victims = dice.choice(["daemon", "daemon", "child", "both"])
         time.sleep(dice.choice([0.0, dice.uniform(0, 0.01), dice.uniform(0, 0.3)]))
@@ -180,7 +183,9 @@ class Killer:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         if victims == "child":
-            # The daemon lives on, and says how its job ended.
+            # The daemon lives on, and says how its job ended; it may not even have heard of it yet.
+            for asked in self._asked:
+                asked.exception()
             daemon.wait_resized()
             faults += Recovery(daemon, self._root).truthful()
         else:
@@ -209,11 +214,12 @@ class Killer:
         size = size_of(self._root)
         if dice.random() < 0.65:
             if size < SIZE * 3 // 4:
-                daemon.maitred.ResizeFilesystem.future(vm_guest_pb2.ResizeFilesystemRequest(size=SIZE), timeout=10)
+                whole = vm_guest_pb2.ResizeFilesystemRequest(size=SIZE)
+                self._asked.append(daemon.maitred.ResizeFilesystem.future(whole, timeout=10))
                 return "grow"
             if dice.random() < 0.4:
                 further = storaged_v1_pb2.ResizeRequest(size_bytes=KERNEL_MINIMUM, best_effort=True)
-                daemon.storage.Resize.future(further, timeout=10)
+                self._asked.append(daemon.storage.Resize.future(further, timeout=10))
                 return "best effort"
             with contextlib.suppress(grpc.RpcError):  # below the minimum, which moves with what is written
                 least = daemon.minimum()
@@ -222,7 +228,7 @@ class Killer:
         held = daemon.report().balloon.size_bytes
         limit = dice.choice([2 * GIB, 50 * GIB]) if held and dice.random() < 0.5 else dice.choice([0, 150 * MIB, GIB])
         request = vm_guest_pb2.UpdateStorageBalloonRequest(state=vm_guest_pb2.DISK_NORMAL, free_space_bytes=GIB + limit)
-        daemon.maitred.UpdateStorageBalloon.future(request, timeout=10)
+        self._asked.append(daemon.maitred.UpdateStorageBalloon.future(request, timeout=10))
         return "inflate" if limit < 2 * GIB else "deflate"
 
     def _killed_as_it_starts(self) -> None:
