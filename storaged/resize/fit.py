@@ -34,6 +34,9 @@ CHUNK_STEP = 16 * MIB
 """To which the kernel rounds a tenth of the filesystem up (fs/btrfs/volumes.c, as above)."""
 GAP_STEP = MIB
 """How closely the size of a gap is looked for."""
+RELOCATION = 4 * MIB
+"""Metadata that the kernel reserves before it takes any chunk away, an empty one too: 256 nodes, of 16 KiB at most here
+(fs/btrfs/relocation.c, prepare_to_relocate)."""
 SYSTEM_CHUNK = 32 * MIB
 """The largest new system chunk (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
 
@@ -81,6 +84,8 @@ def obstacle(
     """
     if pinned := next((chunk for chunk in moving if chunk.pinned), None):
         return f"data chunk at {pinned.top - pinned.stripe_length} cannot move: an active swap file lies in it"
+    if why := _unreserved(layout, moving, staying, size, one_call=one_call):
+        return why
     last_data = _last_data(moving, staying)
     works = any(not chunk.vacant for chunk in moving)
     if last_data is None and not works:
@@ -111,6 +116,20 @@ def obstacle(
             f" below it (the longest extent has {longest})"
         )
     return ""
+
+
+def _unreserved(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int, *, one_call: bool) -> str:
+    """Why the kernel cannot even begin to take a chunk away: metadata has no room for what that reserves."""
+    room = metadata_room((*moving, *staying)) - layout.global_reserve
+    known = any(chunk.kind in ("metadata", "mixed") for chunk in (*moving, *staying))
+    if not moving or not known or room >= RELOCATION:
+        return ""
+    if unclaimed(moving, holes((*moving, *staying), size), all_at_once=one_call) >= MIB:
+        return ""  # it makes another metadata chunk
+    return (
+        f"{moving[-1].kind} chunk at {moving[-1].top - moving[-1].stripe_length} cannot go: metadata has {max(room, 0)}"
+        f" bytes beside the kernel's reserve, and {RELOCATION} are needed"
+    )
 
 
 def _data_comes_first(moving: Sequence[Chunk]) -> bool:

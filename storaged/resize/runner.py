@@ -49,6 +49,8 @@ LITTLE = 16 * MIB
 """What is moved in no time, even by somebody who was told to stop."""
 MOST_PIVOTS = 3
 """In a row that gained nothing."""
+MOST_REFUSALS = 8
+"""Cuts in a row that gained nothing: where the guest writes on, the bound is another one every time."""
 WORTH_A_ROUND = 8 * MIB
 """What must be gained before all chunks are looked at again."""
 
@@ -163,22 +165,29 @@ class ResizeRunner:
         """
         target = max(sector_floor(work.job.requested), KERNEL_MINIMUM)
         tried: set[int] = set()
-        asked, pivots = 0, MOST_PIVOTS
+        asked, pivots, refusals = 0, MOST_PIVOTS, MOST_REFUSALS
+        lowest = self._fs.size()
         why = ""
         work.tell(ev.JobPrepared(work.job.id))
         while (size := self._fs.size()) > target:
+            if work.stop.is_set():
+                raise FilesystemError("cancelled", errno.ECANCELED)
+            if size <= lowest - WORTH_A_ROUND:  # what was only taken back after a pivot is no gain
+                lowest, pivots, refusals = size, MOST_PIVOTS, MOST_REFUSALS
             with self._balloon.lock:
                 self._fs.sync()
                 layout, longest = self._balloon.layout(), self._balloon.longest()
             bounds = compute(layout, longest)
             why = bounds.why
             cuts = (max(bounds.minimum, target), max(bounds.guaranteed, target))
-            if cut := next((cut for cut in cuts if cut < size and -cut not in tried), 0):
+            cut = next((cut for cut in cuts if cut < size and -cut not in tried), 0)
+            if cut and refusals:
                 why = self._tried_cut(work, cut) or why
                 if (gained := size - self._fs.size()) >= WORTH_A_ROUND:
                     tried.clear()
                 if not gained:
                     tried.add(-cut)  # else the same refusal again and again
+                    refusals -= 1
                 continue
             if empty_chunks(layout) and EMPTY not in tried:
                 tried.add(EMPTY)  # not sooner: as room in chunks they are part of what was promised
@@ -190,7 +199,7 @@ class ResizeRunner:
                 asked = size
                 if pivot := next_pivot(layout, longest, work.job.start_size):
                     self._pivot(work, layout, pivot, target)
-                    pivots = MOST_PIVOTS if size - self._fs.size() >= WORTH_A_ROUND else pivots - 1
+                    pivots -= 1
                     tried.clear()
                     continue
                 chunk = next_chunk(layout, tried) if len(tried) <= most + 2 else None

@@ -108,6 +108,10 @@ class Fake(storaged_v1_pb2_grpc.StorageServicer, vm_guest_pb2_grpc.MaitredServic
                 return
             yield item
 
+    def Resize(self, request: pb.ResizeRequest, context: Any) -> pb.ResizeResponse:
+        self.asked.append(request)
+        return pb.ResizeResponse(job=job())
+
     def CancelResize(self, request: pb.CancelResizeRequest, context: Any) -> pb.CancelResizeResponse:
         self.cancel_asked.set()
         while self.cancel_answer is None and context.is_active():

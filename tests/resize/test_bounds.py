@@ -198,6 +198,18 @@ def test_one_call_counts_all_that_still_has_to_move() -> None:
     assert "no hole" in obstacle(layout, [metadata, down], [low], 350 * MIB, SECTOR, one_call=True)
 
 
+def test_not_even_an_empty_chunk_goes_where_metadata_has_nothing_to_reserve() -> None:
+    # As `mkfs.btrfs -m single` makes it, once data has taken all the rest.
+    metadata = chunk(0, 8 * MIB, 5 * MIB, used=MIB, kind="metadata")
+    low = chunk(20 * MIB, 400 * MIB, 13 * MIB, used=400 * MIB)
+    empty = chunk(500 * MIB, 99 * MIB, 413 * MIB)
+    for reserve, fits in ((2 * MIB, True), (5 * MIB, False)):
+        layout = Layout(512 * MIB, GIB, (metadata, low, empty), reserve)
+        assert (compute(layout, a_sector).minimum < 512 * MIB) is fits
+        blocked = obstacle(layout, [empty], [metadata, low], 413 * MIB, SECTOR)
+        assert ("metadata has 2097152 bytes beside the kernel's reserve" in blocked) is not fits
+
+
 def test_data_that_goes_first_may_take_the_hole_of_metadata() -> None:
     up = chunk(300 * MIB, 30 * MIB, 400 * MIB, used=20 * MIB)
     metadata = chunk(200 * MIB, 40 * MIB, 350 * MIB, used=2 * MIB, kind="metadata")

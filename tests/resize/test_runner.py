@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import random
 import threading
 
 import pytest
@@ -15,7 +16,7 @@ from storaged.core import events as ev
 from storaged.errors import FilesystemError, Kind
 from storaged.resize.bounds import compute
 from storaged.resize.job import Job, JobState
-from storaged.resize.layout import KERNEL_MINIMUM
+from storaged.resize.layout import KERNEL_MINIMUM, Layout
 from storaged.resize.runner import ResizeRunner, Tell
 from storaged.sim import SimDisk, make_world
 from storaged.units import GIB, MIB, SECTOR
@@ -132,6 +133,25 @@ def test_with_best_effort_it_goes_at_least_as_far_as_was_promised(size: int, tar
     assert bool(ended.reason) == (guest.disk.size > max(target, KERNEL_MINIMUM)), "why it is no smaller"
     assert sum(chunk.used for chunk in guest.disk.chunks) == used, "nobody's data is lost"
     assert not guest.disk.read_only, "metadata went nowhere without a hole for it"
+
+
+@given(turns=TURNS, dice=st.randoms(use_true_random=False))
+def test_a_best_effort_ends_however_the_guest_writes_on(turns: Turns, dice: random.Random) -> None:
+    guest = aged(8 * GIB, turns)
+    looks = 0
+    look = guest.world.filesystem.layout
+
+    def layout() -> Layout:
+        nonlocal looks
+        looks += 1
+        assert looks < 2000
+        (guest.disk.write if dice.random() < 0.5 else guest.disk.delete)(dice.randrange(1, 64) * MIB)
+        return look()
+
+    guest.world.filesystem.layout = layout  # type: ignore[method-assign]
+    ended = guest.run(0, best_effort=True)
+    assert ended.current_size <= 8 * GIB
+    assert not guest.disk.read_only
 
 
 def test_a_best_effort_that_gains_nothing_says_why_and_changes_nothing(guest: Guest) -> None:
