@@ -131,7 +131,7 @@ async def test_health_and_reflection_are_counted_too(guest: Guest) -> None:
     answer = await stub.Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     await refused(stub.Check(health_pb2.HealthCheckRequest(service="nobody")))
-    assert handled(guest, "Check", "grpc.health.v1.Health") == {"OK": 1, "NOT_FOUND": 1}
+    await until(lambda: _true(handled(guest, "Check", "grpc.health.v1.Health") == {"OK": 1, "NOT_FOUND": 1}))
     watch = stub.Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
     watch.cancel()
@@ -154,7 +154,7 @@ async def test_what_is_not_served_is_counted_without_names_of_the_callers_making
     for number in range(20):
         call: Any = guest.channel.unary_unary(f"/vm_tools.Maitred/Made{number}")
         assert (await refused(call(b"")))[0] is CODE.UNIMPLEMENTED
-    assert handled(guest, "unknown", "unknown") == {"UNIMPLEMENTED": 20}
+    await until(lambda: _true(handled(guest, "unknown", "unknown") == {"UNIMPLEMENTED": 20}))
     assert not [name for name in scraped(guest) if "Made" in name]
 
 
