@@ -19,6 +19,7 @@ from storaged.resize.fit import (
     metadata_chunk,
     metadata_room,
     metadata_short_of,
+    next_step,
 )
 from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, Longest, holes_at
 from storaged.units import MIB, SECTOR
@@ -45,7 +46,8 @@ def compute(layout: Layout, longest: Longest) -> Bounds:
             break
     for count in _promising(layout, ordered, reach):
         size, reason = _at(layout, ordered, count, reach)
-        if size < layout.size:
+        # What is certain at the end may not be on the way: while the filesystem is large, so are new metadata chunks.
+        if size < layout.size and not next_step(layout, size, reach.of_chunk).blocked:
             return Bounds(size, sure, reason or _below(layout, ordered, count, reach, size))
     reasons = (_at(layout, ordered, count, reach)[1] for count in range(min(len(ordered), 2) + 1))
     return Bounds(layout.size, sure, next(filter(None, reasons), "nothing can be cut away"))
@@ -58,12 +60,19 @@ class _Reach:
         self._ordered = ordered
         self._longest = longest
         self._known = [0]
+        self._own: dict[int, int] = {}
+
+    def of_chunk(self, chunk: Chunk) -> int:
+        """Bytes, of one chunk."""
+        if chunk.logical not in self._own:
+            self._own[chunk.logical] = self._longest(chunk)
+        return self._own[chunk.logical]
 
     def of(self, count: int) -> int:
         """Bytes; 0 when the topmost `count` chunks hold no data."""
         while len(self._known) <= count:
             chunk = self._ordered[len(self._known) - 1]
-            own = self._longest(chunk) if chunk.held and chunk.kind == "data" else 0
+            own = self.of_chunk(chunk) if chunk.held and chunk.kind == "data" else 0
             self._known.append(max(self._known[-1], own))
         return self._known[count]
 

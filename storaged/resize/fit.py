@@ -32,6 +32,8 @@ CRAMPED_MOST = 64 * MIB
 """Metadata up to this is moved within a moment."""
 CHUNK_STEP = 16 * MIB
 """To which the kernel rounds a tenth of the filesystem up (fs/btrfs/volumes.c, as above)."""
+MOST_AT_ONCE = 32
+"""Chunks in one call of the kernel, where fewer are not certain."""
 GAP_STEP = MIB
 """How closely the size of a gap is looked for."""
 RELOCATION = 4 * MIB
@@ -96,7 +98,7 @@ def obstacle(
     room = sorted(holes((*moving, *staying), size), reverse=True)
     claimable = unclaimed(moving, room, all_at_once=one_call)
     wanted = _wanted_holes(layout, moving, staying, size) if works else []
-    if wanted and one_call and _data_comes_first(moving):
+    if wanted and one_call and _data_comes_first(moving, empty_too=last_data is not None):
         return f"{where} cannot move: what comes before it may take the hole for a new metadata or system chunk"
     for needed in wanted:
         if not room or room[0] < needed or claimable < MIB:
@@ -132,9 +134,12 @@ def _unreserved(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk
     )
 
 
-def _data_comes_first(moving: Sequence[Chunk]) -> bool:
-    """True when the kernel moves data before metadata or a system chunk: it works downwards, by the highest stripe."""
-    data = [chunk.top for chunk in moving if chunk.kind == "data" and chunk.used]
+def _data_comes_first(moving: Sequence[Chunk], *, empty_too: bool) -> bool:
+    """True when the kernel moves data before metadata or a system chunk: it works downwards, by the highest stripe.
+
+    For an empty chunk it makes another one `empty_too`, where no data is used at all (`_last_data`).
+    """
+    data = [chunk.top for chunk in moving if chunk.kind == "data" and (chunk.used or empty_too)]
     return bool(data) and any(chunk.kind in ("metadata", "system") and chunk.top < max(data) for chunk in moving)
 
 
@@ -221,8 +226,8 @@ def certain_room(pieces: Iterable[int], longest: int) -> int:
 
 
 def data_chunk(size: int) -> int:
-    """The length of a new data chunk on a filesystem of `size`: a tenth, at most 1 GiB."""
-    return max(min(GIB, size // 10) // 65536 * 65536, 65536)
+    """The length of a new data chunk on a filesystem of `size`: a tenth, rounded up, at most 1 GiB."""
+    return max(min(GIB, -(-size // 10 // CHUNK_STEP) * CHUNK_STEP), CHUNK_STEP)
 
 
 def _new_chunks(room: Iterable[int], size: int, claimable: int, *, in_full: bool) -> list[int]:
@@ -262,6 +267,8 @@ def cramped_metadata(layout: Layout) -> Chunk | None:
     if not metadata or metadata_short_of(layout, 0, metadata_room(metadata), moves=False) <= 0:
         return None
     chunk = min(metadata, key=lambda chunk: chunk.used)
+    if len(metadata) > 1 and metadata_room(c for c in metadata if c is not chunk) >= chunk.used:
+        return None  # the kernel would put it beside the others, and all would be the worse for it
     needed = len(chunk.stripes) * (chunk.used + layout.global_reserve + METADATA_MARGIN)
     hole = max(holes(layout.chunks, layout.size), default=0)
     return chunk if chunk.used <= CRAMPED_MOST and hole >= needed else None
@@ -319,7 +326,7 @@ def next_step(layout: Layout, target: int, longest: Longest) -> Step:
     )
     above = [chunk for chunk in ordered if chunk.top > target]
     first: Step | None = None
-    for count in range(1, max(len(above), 1) + 1):
+    for count in range(1, max(min(len(above), MOST_AT_ONCE), 1) + 1):
         step = _step(layout, target, ordered, min(count, len(above)), longest)
         if not step.blocked:
             return step

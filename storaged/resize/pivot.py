@@ -13,7 +13,7 @@ certain: there is one, made for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from storaged.resize.bounds import compute
@@ -35,6 +35,8 @@ WORTH_A_PIVOT = 8 * MIB
 """What must be certain to be gained."""
 MOST_JUDGED = 8
 """Chunks of metadata, of files with room between them, and of the balloon alone: those with most to gain of each."""
+MOST_CHUNKS = 512
+"""It takes the square of their number: 2 s for 421."""
 TOPMOST = 2
 WORTH_OF_MOVED = 16
 """What is moved may be this many times what is gained."""
@@ -51,12 +53,15 @@ class Pivot:
     returns: int
 
 
-def next_pivot(layout: Layout, longest: Longest, most: int) -> Pivot | None:
+def next_pivot(
+    layout: Layout, longest: Longest, most: int, cancelled: Callable[[], bool] = lambda: False
+) -> Pivot | None:
     """The one that gets furthest; None when none is certain to gain anything. The filesystem is never above `most`.
 
+    None too as soon as it is `cancelled`, and for more chunks than are judged within some seconds.
     Rather one whose data comes back into holes alone: what takes room among other data takes it from what comes next.
     """
-    if not metadata_is_safe(layout):
+    if not metadata_is_safe(layout) or len(layout.chunks) > MOST_CHUNKS:
         return None
     known: dict[int, int] = {}
 
@@ -68,6 +73,8 @@ def next_pivot(layout: Layout, longest: Longest, most: int) -> Pivot | None:
     for alone in (True, False):
         found: list[Pivot] = []
         for chunk in _candidates(layout):
+            if cancelled():
+                return None
             judged = (_judged(layout, chunk, size, once, alone=alone) for size in _sizes(layout, chunk, most))
             found += [pivot for pivot in judged if pivot is not None]
         if found:

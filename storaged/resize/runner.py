@@ -24,7 +24,7 @@ from storaged.resize.compact import empty_chunks, next_chunk
 from storaged.resize.fit import Step, cramped_metadata, next_step
 from storaged.resize.heal import Healer
 from storaged.resize.job import Job
-from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, left_to_move
+from storaged.resize.layout import KERNEL_MINIMUM, Chunk, Layout, Longest, left_to_move
 from storaged.resize.pivot import Pivot, has_place, next_pivot
 from storaged.units import MIB, sector_floor
 
@@ -40,7 +40,7 @@ LEFT_OVER_S = 1.0
 YIELD_MORE = 16 * MIB
 """Room the balloon gives up beyond what moves, for what does not fit together exactly."""
 
-STAYS = (errno.ENOSPC, errno.ETXTBSY, errno.EINVAL)
+STAYS = (errno.ENOSPC, errno.ETXTBSY, errno.EINVAL, errno.EAGAIN)
 """What the kernel says of a chunk that stays; the last while a cancel that met nothing is left over: a balance does not
 even begin then, and only the end of a relocation, such as the next cut, makes the kernel forget it."""
 EMPTY = -1
@@ -67,6 +67,10 @@ class _Work:
     kernel_refused: bool = False
     refused: bool = False
     """The kernel found no room for what a best effort only tried."""
+
+
+class _NoLongerCertain(FilesystemError):
+    """Somebody has taken the room while the kernel was busy: what was to be done has to be judged anew."""
 
 
 class ResizeRunner:
@@ -175,8 +179,7 @@ class ResizeRunner:
             if size <= lowest - WORTH_A_ROUND:  # what was only taken back after a pivot is no gain
                 lowest, pivots, refusals = size, MOST_PIVOTS, MOST_REFUSALS
             with self._balloon.lock:
-                self._fs.sync()
-                layout, longest = self._balloon.layout(), self._balloon.longest()
+                layout, longest = self._picture()
             bounds = compute(layout, longest)
             why = bounds.why
             cuts = (max(bounds.minimum, target), max(bounds.guaranteed, target))
@@ -197,7 +200,7 @@ class ResizeRunner:
             chunk = next_chunk(layout, tried) if size == asked and len(tried) <= most + 2 else None
             if chunk is None and pivots:  # at a new size, and when there is nothing else to do
                 asked = size
-                if pivot := next_pivot(layout, longest, work.job.start_size):
+                if pivot := next_pivot(layout, longest, work.job.start_size, work.stop.is_set):
                     self._pivot(work, layout, pivot, target)
                     pivots -= 1
                     tried.clear()
@@ -210,6 +213,7 @@ class ResizeRunner:
             tried.discard(EMPTY)  # one that was made for what did not fit into it, too
         if work.refused:
             why += self._healer.heal(FilesystemError("", errno.ENOSPC))
+            work.refused = False
         return why if size > target else ""
 
     def _tried_cut(self, work: _Work, cut: int) -> str:
@@ -217,6 +221,8 @@ class ResizeRunner:
         try:
             self._shrink(work, cut)
         except FilesystemError as error:
+            if self._balloon.size():
+                work.settle()  # what it gave for this must not add up with what it gives for the next
             if error.kind is Kind.OUT_OF_RANGE:  # the guest has written meanwhile, or `cut` itself is not certain
                 return error.message
             if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
@@ -259,6 +265,7 @@ class ResizeRunner:
                 bounds = compute(self._balloon.layout(), self._balloon.longest())
                 if why := self._tried_cut(work, max(min(bounds.minimum, layout.size), target)):
                     log.info("a %s chunk moved in vain: %s", chunk.kind, why)
+                    self._back(layout.size)
             except FilesystemError:
                 self._back(layout.size)
                 raise
@@ -270,14 +277,18 @@ class ResizeRunner:
         """Out of `chunk`, if there still is a place for what is in it; where the kernel finds none, it stays."""
         if chunk.balloon:
             self._balloon.vacate((chunk,))
-        self._fs.sync()
-        layout = self._balloon.layout()
-        if not has_place(layout, chunk, self._balloon.longest()):
+
+        def certain() -> bool:
+            layout, longest = self._picture()
+            return has_place(layout, chunk, longest)
+
+        if not certain():
             return  # the guest has written meanwhile
+        layout = self._balloon.layout()
         move = partial(self._resizer.move_out, chunk.logical, metadata=chunk.kind == "metadata")
         left = chunk.held + left_to_move(layout, work.job.requested)
         try:
-            self._watched(work, Step(layout.size, (), chunk.held), left, move)
+            self._watched(work, Step(layout.size, (), chunk.held), left, move, certain)
         except FilesystemError as error:
             if error.errno not in STAYS:
                 raise
@@ -288,11 +299,10 @@ class ResizeRunner:
         self._fs.sync()
 
     def _back(self, size: int) -> None:
-        """After a pivot that was cut off, to the size before it; not where much has to move, a cancel does not wait."""
+        """To the size before a pivot that was cut off or in vain; not where much has to move: a cancel is quick."""
         with contextlib.suppress(FilesystemError):
-            self._fs.sync()
-            layout = self._balloon.layout()
-            step = next_step(layout, size, self._balloon.longest())
+            layout, longest = self._picture()
+            step = next_step(layout.as_it_is(), size, longest)
             if layout.size > step.size == size and not step.blocked and left_to_move(layout, size) <= LITTLE:
                 self._healer.surely(size)
 
@@ -316,17 +326,29 @@ class ResizeRunner:
                 if step.vacate:
                     self._balloon.vacate(step.vacate)
                 self._balloon.anchor(layout, step.size)
-                self._watched(work, step, left, partial(self._resizer.resize, step.size))
+                try:
+                    resize = partial(self._resizer.resize, step.size)
+                    self._watched(work, step, left, resize, partial(self._still_certain, step.size))
+                except _NoLongerCertain:
+                    continue
             work.moved += step.moves
             size = step.size
             self._progress(work, size, work.moved, work.moved + left - step.moves)
+
+    def _picture(self) -> tuple[Layout, Longest]:
+        self._fs.sync()  # usage and free room are true only after a commit
+        return self._balloon.layout(), self._balloon.longest()
+
+    def _still_certain(self, size: int) -> bool:
+        layout, longest = self._picture()
+        step = next_step(layout.as_it_is(), size, longest)
+        return step.size == size and not step.blocked
 
     def _ready_step(self, work: _Work, target: int) -> tuple[Step, Layout]:
         """The next step, room made for what it moves, and the layout it is for; FilesystemError if not certain."""
         widened = False
         while True:
-            self._fs.sync()  # usage and free room are true only after a commit
-            layout, longest = self._balloon.layout(), self._balloon.longest()
+            layout, longest = self._picture()
             step = next_step(layout, target, longest)
             if step.blocked and not widened and (cramped := cramped_metadata(layout)):
                 widened = True
@@ -336,21 +358,27 @@ class ResizeRunner:
                 # The guest has written since the request was judged.
                 raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
             ready = next_step(layout.as_it_is(), target, longest)
-            if not step.moves or (not ready.blocked and ready.size == step.size):
+            if not step.moves:
                 return step, layout
+            if not ready.blocked:
+                return ready, layout
             # What moves needs room that the balloon holds: as much as is cut away, so nothing is gained by others.
             staying = [chunk for chunk in layout.chunks if chunk.top <= step.size]
             lowest = [chunk for chunk in staying if chunk.top <= target]
             wanted = step.moves + YIELD_MORE
             if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
-                if not ready.blocked:
-                    return ready, layout
-                raise FilesystemError("the balloon could not make room for what has to move", errno.ENOSPC)
+                why = "the balloon could not make room for what has to move"
+                raise FilesystemError(why, errno.ENOSPC, Kind.OUT_OF_RANGE)
 
     def _widen(self, work: _Work, chunk: Chunk) -> None:
         """A larger chunk for the metadata in `chunk`; what is short of room afterwards all the same blocks the step."""
+
+        def certain() -> bool:
+            cramped = cramped_metadata(self._picture()[0])
+            return cramped is not None and cramped.logical == chunk.logical
+
         try:
-            self._call(work, partial(self._resizer.move_out, chunk.logical, metadata=True))
+            self._call(work, partial(self._resizer.move_out, chunk.logical, metadata=True), certain)
         except FilesystemError as error:
             if error.errno not in STAYS:
                 raise
@@ -358,12 +386,25 @@ class ResizeRunner:
 
     def _leave_metadata_room(self, work: _Work) -> None:
         """What was in a large chunk may be in a small one now: a larger one, before data takes the hole for it."""
-        with self._balloon.lock, contextlib.suppress(FilesystemError):  # the size is reached all the same
-            self._fs.sync()
-            if cramped := cramped_metadata(self._balloon.layout()):
-                self._widen(work, cramped)
+        with self._balloon.lock:
+            try:
+                if cramped := cramped_metadata(self._picture()[0]):
+                    self._widen(work, cramped)
+            except FilesystemError as error:
+                if error.errno == errno.EROFS:
+                    raise
+                log.info("metadata stays in a small chunk: %s", error)  # the size is reached all the same
+        if work.refused:
+            self._healer.heal(FilesystemError("", errno.ENOSPC))
 
-    def _watched(self, work: _Work, step: Step, left: int, call: Callable[[], None]) -> None:
+    def _watched(
+        self,
+        work: _Work,
+        step: Step,
+        left: int,
+        call: Callable[[], None],
+        certain: Callable[[], bool] | None = None,
+    ) -> None:
         """Call the kernel while another thread reports how far it is."""
         done = threading.Event()
         size = self._fs.size()  # the kernel shows the target at once, so this is read first
@@ -378,7 +419,7 @@ class ResizeRunner:
         watcher = threading.Thread(target=watch, name="resize watch", daemon=True)
         watcher.start()
         try:
-            self._call(work, call)
+            self._call(work, call, certain)
         finally:
             done.set()
             watcher.join()
@@ -386,8 +427,11 @@ class ResizeRunner:
     def _progress(self, work: _Work, size: int, moved: int, to_move: int) -> None:
         work.tell(ev.JobProgressed(work.job.id, size, moved, to_move, self._clock.wall()))
 
-    def _call(self, work: _Work, call: Callable[[], None]) -> None:
-        """One call of the kernel, waiting for the kernel's own work to end first."""
+    def _call(self, work: _Work, call: Callable[[], None], certain: Callable[[], bool] | None = None) -> None:
+        """One call of the kernel, waiting for the kernel's own work to end first.
+
+        What was `certain` is asked again after a wait: raises _NoLongerCertain when it is not.
+        """
         began = time.monotonic()
         until = began + BUSY_WAIT_S
         once_more = True
@@ -411,6 +455,8 @@ class ResizeRunner:
                     hint = "; cancel the paused balance first" if paused else ""
                     raise FilesystemError(error.message + hint, error.errno, Kind.BUSY) from error
                 work.stop.wait(BUSY_POLL_S)
+                if certain is not None and not certain():
+                    raise _NoLongerCertain("what was certain before a wait no longer is", errno.EAGAIN) from error
                 continue
             return
 

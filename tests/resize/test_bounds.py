@@ -115,7 +115,8 @@ def every_cut(layout: Layout, longest: dict[int, int]) -> tuple[int, int]:
         moving, staying = ordered[:count], ordered[count:]
         reach = max((longest[c.logical] for c in moving if c.held and c.kind == "data"), default=0)
         size, _ = fit(layout, moving, staying, reach)
-        best = min(best, size)
+        if size < best and not next_step(layout, size, lambda chunk: longest[chunk.logical]).blocked:
+            best = size
         if all(chunk.vacant for chunk in moving):
             sure = min(sure, size)
     return best, sure
@@ -127,6 +128,25 @@ def test_no_cut_that_fits_is_overlooked(layout: Layout, dice: random.Random) -> 
     bounds = compute(layout, lambda chunk: longest[chunk.logical])
     assert (bounds.minimum, bounds.guaranteed) == every_cut(layout, longest)
     assert bounds.why
+
+
+@given(layout=layouts(), longest=st.sampled_from([SECTOR, MIB, 128 * MIB]))
+def test_the_first_step_to_what_is_promised_is_never_blocked(layout: Layout, longest: int) -> None:
+    minimum = compute(layout, lambda chunk: min(longest, chunk.held)).minimum
+    assert minimum == layout.size or not next_step(layout, minimum, lambda chunk: min(longest, chunk.held)).blocked
+
+
+def test_a_size_whose_first_step_is_blocked_is_not_promised() -> None:
+    # A new metadata chunk is a tenth of the size that the call asks for, and that is large at first.
+    system = Chunk(0, 8 * MIB, 16384, 0, "system", (MIB, 9 * MIB), 8 * MIB)
+    low = chunk(10 * MIB, 512 * MIB, 273 * MIB, used=5 * MIB)
+    up = chunk(600 * MIB, 300 * MIB, 885 * MIB, used=270 * MIB)
+    metadata = Chunk(1000 * MIB, 64 * MIB, 2 * MIB, 0, "metadata", (1185 * MIB, 1249 * MIB), 64 * MIB)
+    layout = Layout(1513 * MIB, 2 * GIB, (system, low, up, metadata), 4 * MIB)
+    size, _ = fit(layout, [metadata, up], [low, system], SECTOR)
+    assert next_step(layout, size, a_sector).blocked
+    assert not next_step(layout, compute(layout, a_sector).minimum, a_sector).blocked
+    assert size < compute(layout, a_sector).minimum < layout.size
 
 
 @given(layout=layouts())
