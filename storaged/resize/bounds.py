@@ -24,6 +24,9 @@ from storaged.resize.fit import (
 from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, Longest, holes_at
 from storaged.units import MIB, SECTOR
 
+MOST_BLOCKED = 16
+"""Sizes that are certain and cannot be begun: then nothing below the guaranteed size is promised."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -44,10 +47,17 @@ def compute(layout: Layout, longest: Longest) -> Bounds:
         sure = min(sure, _at(layout, ordered, count, reach)[0])
         if sure < layout.size:
             break
+    left = MOST_BLOCKED
     for count in _promising(layout, ordered, reach):
         size, reason = _at(layout, ordered, count, reach)
+        if size == layout.size:
+            continue
         # What is certain at the end may not be on the way: while the filesystem is large, so are new metadata chunks.
-        if size < layout.size and not next_step(layout, size, reach.of_chunk).blocked:
+        if next_step(layout, size, reach.of_chunk).blocked:
+            left -= 1
+            if not left:
+                return Bounds(sure, sure, reason or _below(layout, ordered, count, reach, size))
+        else:
             return Bounds(size, sure, reason or _below(layout, ordered, count, reach, size))
     reasons = (_at(layout, ordered, count, reach)[1] for count in range(min(len(ordered), 2) + 1))
     return Bounds(layout.size, sure, next(filter(None, reasons), "nothing can be cut away"))

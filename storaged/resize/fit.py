@@ -32,7 +32,7 @@ CRAMPED_MOST = 64 * MIB
 """Metadata up to this is moved within a moment."""
 CHUNK_STEP = 16 * MIB
 """To which the kernel rounds a tenth of the filesystem up (fs/btrfs/volumes.c, as above)."""
-MOST_AT_ONCE = 32
+MOST_AT_ONCE = 8
 """Chunks in one call of the kernel, where fewer are not certain."""
 GAP_STEP = MIB
 """How closely the size of a gap is looked for."""
