@@ -28,6 +28,7 @@ from storaged.units import GIB, MIB, SECTOR, sector_ceil
 
 METADATA_MARGIN = 32 * MIB
 """Metadata room beyond what moves, for the copies the move itself makes."""
+LEAST_MARGIN = 8 * MIB
 CRAMPED_MOST = 64 * MIB
 """Metadata up to this is moved within a moment."""
 CHUNK_STEP = 16 * MIB
@@ -98,6 +99,9 @@ def obstacle(
     room = sorted(holes((*moving, *staying), size), reverse=True)
     claimable = unclaimed(moving, room, all_at_once=one_call)
     wanted = _wanted_holes(layout, moving, staying, size) if works else []
+    if wanted and not any(chunk.kind in ("metadata", "system") for chunk in moving):
+        # The kernel may make a data chunk though there is room in others, and claim with it what metadata will need.
+        return f"{where} cannot move: metadata is short of room for the copies that this makes"
     if wanted and one_call and _data_comes_first(moving, empty_too=last_data is not None):
         return f"{where} cannot move: what comes before it may take the hole for a new metadata or system chunk"
     for needed in wanted:
@@ -249,7 +253,7 @@ def _new_chunks(room: Iterable[int], size: int, claimable: int, *, in_full: bool
 
 def metadata_margin(size: int) -> int:
     """Metadata room that a filesystem of `size` bytes needs to live in: 1/64 of it, 8 to 32 MiB."""
-    return min(max(size // 64, 8 * MIB), METADATA_MARGIN)
+    return min(max(size // 64, LEAST_MARGIN), METADATA_MARGIN)
 
 
 def metadata_room(chunks: Iterable[Chunk]) -> int:
@@ -266,12 +270,18 @@ def cramped_metadata(layout: Layout) -> Chunk | None:
     metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata" and chunk.used]
     if not metadata or metadata_short_of(layout, 0, metadata_room(metadata), moves=False) <= 0:
         return None
-    chunk = min(metadata, key=lambda chunk: chunk.used)
-    if len(metadata) > 1 and metadata_room(c for c in metadata if c is not chunk) >= chunk.used:
-        return None  # the kernel would put it beside the others, and all would be the worse for it
-    needed = len(chunk.stripes) * (chunk.used + layout.global_reserve + METADATA_MARGIN)
-    hole = max(holes(layout.chunks, layout.size), default=0)
-    return chunk if chunk.used <= CRAMPED_MOST and hole >= needed else None
+    room = metadata_room(metadata)
+    # What fits beside the others goes there, and all are the worse for it.
+    fresh = [chunk for chunk in metadata if chunk.used > room - (chunk.length - chunk.used)]
+    if not fresh:
+        return None
+    chunk = min(fresh, key=lambda chunk: chunk.used)
+    copies = len(chunk.stripes)
+    hole = max(holes(layout.chunks, layout.size), default=0) // copies
+    # An empty one will do, too: it stays once there is something in it.
+    hole = max([hole, *(c.length for c in layout.chunks if c.kind == "metadata" and not c.used)])
+    better = hole >= max(chunk.used + layout.global_reserve, chunk.length) + LEAST_MARGIN
+    return chunk if better and chunk.used <= CRAMPED_MOST else None
 
 
 def metadata_short_of(layout: Layout, used: int, free: int, *, moves: bool) -> int:

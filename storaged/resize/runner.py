@@ -123,11 +123,10 @@ class ResizeRunner:
                 self._grow(work)
             elif work.job.best_effort:
                 why = self._shrink_as_far(work)
-                self._leave_metadata_room(work)
                 return ev.Outcome.SUCCEEDED, why
             else:
                 self._shrink(work, sector_floor(work.job.requested))
-                self._leave_metadata_room(work)
+                self._leave_well(work)
         except FilesystemError as error:
             if work.refused and error.errno != errno.ECANCELED:
                 self._healer.heal(FilesystemError("", errno.ENOSPC))  # whatever ended it now
@@ -211,9 +210,7 @@ class ResizeRunner:
             tried.add(chunk.logical)
             self._rewrite(work, layout, chunk)
             tried.discard(EMPTY)  # one that was made for what did not fit into it, too
-        if work.refused:
-            why += self._healer.heal(FilesystemError("", errno.ENOSPC))
-            work.refused = False
+        why += self._leave_well(work)
         return why if size > target else ""
 
     def _tried_cut(self, work: _Work, cut: int) -> str:
@@ -331,6 +328,8 @@ class ResizeRunner:
                     self._watched(work, step, left, resize, partial(self._still_certain, step.size))
                 except _NoLongerCertain:
                     continue
+                if any(chunk.kind == "metadata" and chunk.top > step.size for chunk in layout.chunks):
+                    self._leave_metadata_room(work)
             work.moved += step.moves
             size = step.size
             self._progress(work, size, work.moved, work.moved + left - step.moves)
@@ -384,18 +383,24 @@ class ResizeRunner:
                 raise
             work.refused = True
 
+    def _leave_well(self, work: _Work) -> str:
+        """At the end of a shrink: metadata has room, and the kernel makes chunks again; why not, or empty.
+
+        It may have been refused a chunk and gone on without, and would not try again by itself.
+        """
+        with self._balloon.lock:
+            self._leave_metadata_room(work)
+        return self._healer.heal(FilesystemError("", errno.ENOSPC))
+
     def _leave_metadata_room(self, work: _Work) -> None:
         """What was in a large chunk may be in a small one now: a larger one, before data takes the hole for it."""
-        with self._balloon.lock:
-            try:
-                if cramped := cramped_metadata(self._picture()[0]):
-                    self._widen(work, cramped)
-            except FilesystemError as error:
-                if error.errno == errno.EROFS:
-                    raise
-                log.info("metadata stays in a small chunk: %s", error)  # the size is reached all the same
-        if work.refused:
-            self._healer.heal(FilesystemError("", errno.ENOSPC))
+        try:
+            if cramped := cramped_metadata(self._picture()[0]):
+                self._widen(work, cramped)
+        except FilesystemError as error:
+            if error.errno in (errno.EROFS, errno.ECANCELED):
+                raise
+            log.info("metadata stays in a small chunk: %s", error)  # the step is made all the same
 
     def _watched(
         self,
