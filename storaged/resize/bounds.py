@@ -21,7 +21,7 @@ from storaged.resize.fit import (
     metadata_short_of,
     next_step,
 )
-from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, Longest, holes_at
+from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, Longest, asked_once, holes_at
 from storaged.units import MIB, SECTOR
 
 MOST_BLOCKED = 16
@@ -40,6 +40,7 @@ class Bounds:
 def compute(layout: Layout, longest: Longest) -> Bounds:
     """Both bounds of `layout`. Not monotone in between: a smaller size may be certain where a larger one is not."""
     ordered = sorted(layout.chunks, key=lambda chunk: chunk.top, reverse=True)
+    longest = asked_once(longest)
     reach = _Reach(ordered, longest)
     vacant = next((count for count, chunk in enumerate(ordered) if not chunk.vacant), len(ordered))
     sure = layout.size
@@ -53,7 +54,7 @@ def compute(layout: Layout, longest: Longest) -> Bounds:
         if size == layout.size:
             continue
         # What is certain at the end may not be on the way: while the filesystem is large, so are new metadata chunks.
-        if next_step(layout, size, reach.of_chunk).blocked:
+        if next_step(layout, size, longest).blocked:
             left -= 1
             if not left:
                 return Bounds(sure, sure, reason or _below(layout, ordered, count, reach, size))
@@ -70,19 +71,12 @@ class _Reach:
         self._ordered = ordered
         self._longest = longest
         self._known = [0]
-        self._own: dict[int, int] = {}
-
-    def of_chunk(self, chunk: Chunk) -> int:
-        """Bytes, of one chunk."""
-        if chunk.logical not in self._own:
-            self._own[chunk.logical] = self._longest(chunk)
-        return self._own[chunk.logical]
 
     def of(self, count: int) -> int:
         """Bytes; 0 when the topmost `count` chunks hold no data."""
         while len(self._known) <= count:
             chunk = self._ordered[len(self._known) - 1]
-            own = self.of_chunk(chunk) if chunk.held and chunk.kind == "data" else 0
+            own = self._longest(chunk) if chunk.held and chunk.kind == "data" else 0
             self._known.append(max(self._known[-1], own))
         return self._known[count]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from storaged.resize.fit import metadata_chunk, metadata_room, metadata_short_of
+from storaged.resize.fit import metadata_chunk, metadata_is_short
 from storaged.resize.layout import Chunk, Layout, holes
 from storaged.units import MIB
 
@@ -44,9 +44,9 @@ def metadata_is_safe(layout: Layout) -> bool:
     """True when metadata has room for the copies that moving data makes, or for another chunk; never when mixed."""
     if any(chunk.kind == "mixed" for chunk in layout.chunks):
         return False
-    metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata"]
-    if metadata_short_of(layout, 0, metadata_room(metadata), moves=False) <= 0:
+    if not metadata_is_short(layout):
         return True
+    metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata"]
     another = metadata_chunk(layout, layout.size) * max((len(c.stripes) for c in metadata), default=1)
     return max(holes(layout.chunks, layout.size), default=0) >= another + 16 * MIB
 

@@ -268,7 +268,7 @@ def cramped_metadata(layout: Layout) -> Chunk | None:
     may have gone again, because it was empty; the next step would find metadata full.
     """
     metadata = [chunk for chunk in layout.chunks if chunk.kind == "metadata" and chunk.used]
-    if not metadata or metadata_short_of(layout, 0, metadata_room(metadata), moves=False) <= 0:
+    if not metadata or not metadata_is_short(layout):
         return None
     room = metadata_room(metadata)
     # What fits beside the others goes there, and all are the worse for it.
@@ -288,6 +288,11 @@ def metadata_short_of(layout: Layout, used: int, free: int, *, moves: bool) -> i
     """Bytes that `free` metadata room lacks for `used` bytes to move into it; what `moves` at all needs more margin."""
     margin = METADATA_MARGIN if moves else metadata_margin(layout.size)
     return used + layout.global_reserve + margin - free
+
+
+def metadata_is_short(layout: Layout) -> bool:
+    """True when metadata has no room for the copies that moving data makes."""
+    return metadata_short_of(layout, 0, metadata_room(layout.chunks), moves=False) > 0
 
 
 def metadata_chunk(layout: Layout, size: int) -> int:

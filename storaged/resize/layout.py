@@ -70,6 +70,18 @@ Longest = Callable[[Chunk], int]
 """The longest extent of a chunk that is not the balloon's, in bytes; asked for only where it matters."""
 
 
+def asked_once(longest: Longest) -> Longest:
+    """The same, which asks for each chunk at most once."""
+    known: dict[int, int] = {}
+
+    def once(chunk: Chunk) -> int:
+        if chunk.logical not in known:
+            known[chunk.logical] = longest(chunk)
+        return known[chunk.logical]
+
+    return once
+
+
 def holes(staying: Iterable[Chunk], size: int) -> list[int]:
     """Lengths of what is not allocated below `size`, lowest first."""
     return [length for _, length in holes_at(staying, size)]

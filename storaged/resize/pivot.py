@@ -26,7 +26,7 @@ from storaged.resize.fit import (
     metadata_room,
     metadata_short_of,
 )
-from storaged.resize.layout import Chunk, Layout, Longest, holes_at
+from storaged.resize.layout import Chunk, Layout, Longest, asked_once, holes_at
 from storaged.units import GIB, KIB, MIB, sector_ceil
 
 STRIPE = 64 * KIB
@@ -63,13 +63,7 @@ def next_pivot(
     """
     if not metadata_is_safe(layout) or len(layout.chunks) > MOST_CHUNKS:
         return None
-    known: dict[int, int] = {}
-
-    def once(chunk: Chunk) -> int:
-        if chunk.logical not in known:
-            known[chunk.logical] = longest(chunk)
-        return known[chunk.logical]
-
+    once = asked_once(longest)
     for alone in (True, False):
         found: list[Pivot] = []
         for chunk in _candidates(layout):

@@ -68,6 +68,11 @@ class _Work:
     refused: bool = False
     """The kernel found no room for what a best effort only tried."""
 
+    def heed(self) -> None:
+        """Raises ECANCELED once the job is to stop."""
+        if self.stop.is_set():
+            raise FilesystemError("cancelled", errno.ECANCELED)
+
 
 class _NoLongerCertain(FilesystemError):
     """Somebody has taken the room while the kernel was busy: what was to be done has to be judged anew."""
@@ -122,8 +127,7 @@ class ResizeRunner:
             if not work.job.shrinks:
                 self._grow(work)
             elif work.job.best_effort:
-                why = self._shrink_as_far(work)
-                return ev.Outcome.SUCCEEDED, why
+                return ev.Outcome.SUCCEEDED, self._shrink_as_far(work)
             else:
                 self._shrink(work, sector_floor(work.job.requested))
                 self._leave_well(work)
@@ -173,8 +177,7 @@ class ResizeRunner:
         why = ""
         work.tell(ev.JobPrepared(work.job.id))
         while (size := self._fs.size()) > target:
-            if work.stop.is_set():
-                raise FilesystemError("cancelled", errno.ECANCELED)
+            work.heed()
             if size <= lowest - WORTH_A_ROUND:  # what was only taken back after a pivot is no gain
                 lowest, pivots, refusals = size, MOST_PIVOTS, MOST_REFUSALS
             with self._balloon.lock:
@@ -230,23 +233,33 @@ class ResizeRunner:
 
     def _rewrite(self, work: _Work, layout: Layout, chunk: Chunk) -> None:
         """Move what is in `chunk` to wherever the kernel finds room; where it finds none, it stays."""
-        left = chunk.held + left_to_move(layout, work.job.requested)
         with self._balloon.lock:
             if chunk.balloon:
                 self._balloon.vacate((chunk,))
             try:
-                step = Step(layout.size, (), chunk.held)
-                self._watched(work, step, left, partial(self._resizer.move_out, chunk.logical))
-            except FilesystemError as error:
-                if error.errno not in STAYS:
-                    raise
-                work.refused = True
-                return
+                self._move_out(work, layout, chunk)
             finally:
                 if chunk.balloon:
                     work.settle()
-        work.moved += chunk.held
-        self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
+
+    def _move_out(self, work: _Work, layout: Layout, chunk: Chunk, certain: Callable[[], bool] | None = None) -> None:
+        """One call that moves what is in `chunk`, told as it goes; what the kernel does not move stays."""
+        left = chunk.held + left_to_move(layout, work.job.requested)
+        move = partial(self._resizer.move_out, chunk.logical, metadata=chunk.kind == "metadata")
+        if self._goes(work, partial(self._watched, work, Step(layout.size, (), chunk.held), left, move, certain)):
+            work.moved += chunk.held
+            self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
+
+    def _goes(self, work: _Work, call: Callable[[], None]) -> bool:
+        """False when the chunk that `call` moves stays where it is: that ends nothing."""
+        try:
+            call()
+        except FilesystemError as error:
+            if error.errno not in STAYS:
+                raise
+            work.refused = True
+            return False
+        return True
 
     def _pivot(self, work: _Work, layout: Layout, pivot: Pivot, target: int) -> None:
         """Grow for a moment, so that a chunk has where to go, and come back.
@@ -281,18 +294,7 @@ class ResizeRunner:
 
         if not certain():
             return  # the guest has written meanwhile
-        layout = self._balloon.layout()
-        move = partial(self._resizer.move_out, chunk.logical, metadata=chunk.kind == "metadata")
-        left = chunk.held + left_to_move(layout, work.job.requested)
-        try:
-            self._watched(work, Step(layout.size, (), chunk.held), left, move, certain)
-        except FilesystemError as error:
-            if error.errno not in STAYS:
-                raise
-            work.refused = True
-        else:
-            work.moved += chunk.held
-            self._progress(work, layout.size, work.moved, work.moved + left - chunk.held)
+        self._move_out(work, self._balloon.layout(), chunk, certain)
         self._fs.sync()
 
     def _back(self, size: int) -> None:
@@ -313,8 +315,7 @@ class ResizeRunner:
         """Step by step down to the target: each step is durable, and made only when it is certain to succeed."""
         size = self._fs.size()
         while size > target:
-            if work.stop.is_set():
-                raise FilesystemError("cancelled", errno.ECANCELED)
+            work.heed()
             with self._balloon.lock:
                 step, layout = self._ready_step(work, target)
                 left = left_to_move(layout, target)
@@ -356,10 +357,9 @@ class ResizeRunner:
             if step.blocked:
                 # The guest has written since the request was judged.
                 raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
-            ready = next_step(layout.as_it_is(), target, longest)
             if not step.moves:
                 return step, layout
-            if not ready.blocked:
+            if not (ready := next_step(layout.as_it_is(), target, longest)).blocked:
                 return ready, layout
             # What moves needs room that the balloon holds: as much as is cut away, so nothing is gained by others.
             staying = [chunk for chunk in layout.chunks if chunk.top <= step.size]
@@ -376,12 +376,8 @@ class ResizeRunner:
             cramped = cramped_metadata(self._picture()[0])
             return cramped is not None and cramped.logical == chunk.logical
 
-        try:
-            self._call(work, partial(self._resizer.move_out, chunk.logical, metadata=True), certain)
-        except FilesystemError as error:
-            if error.errno not in STAYS:
-                raise
-            work.refused = True
+        move = partial(self._resizer.move_out, chunk.logical, metadata=True)
+        self._goes(work, partial(self._call, work, move, certain))
 
     def _leave_well(self, work: _Work) -> str:
         """At the end of a shrink: metadata has room, and the kernel makes chunks again; why not, or empty.
@@ -441,8 +437,7 @@ class ResizeRunner:
         until = began + BUSY_WAIT_S
         once_more = True
         while True:
-            if work.stop.is_set():
-                raise FilesystemError("cancelled", errno.ECANCELED)
+            work.heed()
             try:
                 call()
             except FilesystemError as error:
