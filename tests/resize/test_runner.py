@@ -17,7 +17,8 @@ from storaged.errors import FilesystemError, Kind
 from storaged.resize.bounds import compute
 from storaged.resize.job import Job, JobState
 from storaged.resize.layout import KERNEL_MINIMUM, Layout
-from storaged.resize.runner import ResizeRunner, Tell
+from storaged.resize.runner import ResizeRunner
+from storaged.resize.work import Tell
 from storaged.sim import SimDisk, make_world
 from storaged.units import GIB, MIB, SECTOR
 
@@ -409,6 +410,28 @@ def test_a_filesystem_that_was_forced_read_only_is_named(guest: Guest) -> None:
     ended = guest.run(4 * GIB)
     assert ended.outcome is ev.Outcome.FAILED
     assert "back up, unmount and check" in ended.reason
+
+
+@pytest.mark.parametrize("best_effort", [False, True])
+def test_a_filesystem_that_was_forced_read_only_at_the_very_end_is_no_success(guest: Guest, best_effort: bool) -> None:
+    def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
+        guest.told.append(event)
+        guest.disk.read_only = guest.disk.size == 4 * GIB
+
+    ended = guest.run(4 * GIB, tell, best_effort=best_effort)
+    assert (ended.outcome, ended.current_size) == (ev.Outcome.FAILED, 4 * GIB)
+    assert "back up, unmount and check" in ended.reason
+
+
+def test_what_could_not_be_healed_is_said_after_a_success_too(guest: Guest) -> None:
+    def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
+        guest.told.append(event)
+        if guest.disk.size == 4 * GIB:
+            guest.disk.faults.fail("resize", FilesystemError("the kernel said no", errno.EIO))
+
+    ended = guest.run(4 * GIB, tell)
+    assert (ended.outcome, ended.current_size) == (ev.Outcome.SUCCEEDED, 4 * GIB)
+    assert ended.reason == "healing it failed: the kernel said no"
 
 
 def test_a_kill_from_outside_is_a_stop(guest: Guest) -> None:

@@ -1,0 +1,116 @@
+"""Shrinks step by step, each step durable, and made only when it is certain to succeed. Blocking."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from functools import partial
+
+from storaged.balloon.engine import BalloonEngine
+from storaged.core.ports import Filesystem
+from storaged.errors import FilesystemError, Kind
+from storaged.resize.calls import KernelCalls, NoLongerCertainError
+from storaged.resize.fit import Step, cramped_metadata, next_step
+from storaged.resize.heal import Healer
+from storaged.resize.layout import Chunk, Layout, Longest, left_to_move
+from storaged.resize.work import Work
+from storaged.units import MIB
+
+log = logging.getLogger(__name__)
+
+YIELD_MORE = 16 * MIB
+"""Room the balloon gives up beyond what moves, for what does not fit together exactly."""
+
+
+class Descent:
+    """Gets a filesystem down to a size that is certain, room for metadata kept on the way and left at the end."""
+
+    def __init__(self, filesystem: Filesystem, balloon: BalloonEngine, calls: KernelCalls, healer: Healer) -> None:
+        self._fs = filesystem
+        self._balloon = balloon
+        self._calls = calls
+        self._healer = healer
+
+    def to(self, work: Work, target: int) -> None:
+        """Down to `target` bytes. FilesystemError: OUT_OF_RANGE when a step is not certain; what was cut stays cut."""
+        size = self._fs.size()
+        while size > target:
+            work.heed()
+            with self._balloon.lock:
+                step, layout = self._ready_step(work, target)
+                if size == work.job.start_size:
+                    work.prepared()
+                if step.vacate:
+                    self._balloon.vacate(step.vacate)
+                self._balloon.anchor(layout, step.size)
+                left = left_to_move(layout, target)
+                try:
+                    self._calls.cut(work, step.size, step.moves, left, partial(self._still_certain, step.size))
+                except NoLongerCertainError:
+                    continue
+                if any(chunk.kind == "metadata" and chunk.top > step.size for chunk in layout.chunks):
+                    self._leave_metadata_room(work)
+            size = step.size
+
+    def picture(self) -> tuple[Layout, Longest]:
+        """What is where, after a commit: only then usage and free room are true."""
+        self._fs.sync()
+        return self._balloon.layout(), self._balloon.longest()
+
+    def leave_well(self, work: Work) -> str:
+        """At the end of a shrink: metadata has room, and the kernel makes chunks again; why not, or empty.
+
+        It may have been refused a chunk and gone on without, and would not try again by itself.
+        """
+        with self._balloon.lock:
+            self._leave_metadata_room(work)
+        return self._healer.heal(FilesystemError("", errno.ENOSPC))
+
+    def _still_certain(self, size: int) -> bool:
+        layout, longest = self.picture()
+        step = next_step(layout.as_it_is(), size, longest)
+        return step.size == size and not step.blocked
+
+    def _ready_step(self, work: Work, target: int) -> tuple[Step, Layout]:
+        """The next step, room made for what it moves, and the layout it is for; FilesystemError if not certain."""
+        widened = False
+        while True:
+            layout, longest = self.picture()
+            step = next_step(layout, target, longest)
+            if step.blocked and not widened and (cramped := cramped_metadata(layout)):
+                widened = True
+                self._widen(work, cramped)
+                continue
+            if step.blocked:
+                # The guest has written since the request was judged.
+                raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
+            if not step.moves:
+                return step, layout
+            if not (ready := next_step(layout.as_it_is(), target, longest)).blocked:
+                return ready, layout
+            # What moves needs room that the balloon holds: as much as is cut away, so nothing is gained by others.
+            staying = [chunk for chunk in layout.chunks if chunk.top <= step.size]
+            lowest = [chunk for chunk in staying if chunk.top <= target]
+            wanted = step.moves + YIELD_MORE
+            if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
+                why = "the balloon could not make room for what has to move"
+                raise FilesystemError(why, errno.ENOSPC, Kind.OUT_OF_RANGE)
+
+    def _widen(self, work: Work, chunk: Chunk) -> None:
+        """A larger chunk for the metadata in `chunk`; what is short of room afterwards all the same blocks the step."""
+
+        def certain() -> bool:
+            cramped = cramped_metadata(self.picture()[0])
+            return cramped is not None and cramped.logical == chunk.logical
+
+        self._calls.widen(work, chunk, certain)
+
+    def _leave_metadata_room(self, work: Work) -> None:
+        """What was in a large chunk may be in a small one now: a larger one, before data takes the hole for it."""
+        try:
+            if cramped := cramped_metadata(self.picture()[0]):
+                self._widen(work, cramped)
+        except FilesystemError as error:
+            if error.errno in (errno.EROFS, errno.ECANCELED):
+                raise
+            log.info("metadata stays in a small chunk: %s", error)  # the step is made all the same
