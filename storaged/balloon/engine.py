@@ -17,7 +17,8 @@ from storaged.balloon import target
 from storaged.core.model import Space
 from storaged.core.ports import BalloonFile, Filesystem
 from storaged.errors import FilesystemError, Kind
-from storaged.resize.layout import Chunk, Layout, Longest, with_balloon
+from storaged.resize.fit import LEAST_MARGIN
+from storaged.resize.layout import Chunk, Layout, Longest, holes, with_balloon
 from storaged.units import MIB, SECTOR, format_size
 
 MOST_MOVES = 64
@@ -80,6 +81,10 @@ class BalloonEngine:
         wanted = space.metadata_chunk * space.metadata_copies
         if not target.cramped(space) or space.unallocated < spare * wanted:
             return ""
+        layout = self._fs.layout()
+        better = max(space.metadata_total, space.metadata_used + space.global_reserve) + LEAST_MARGIN
+        if max(holes(layout.chunks, layout.size), default=0) < better * space.metadata_copies:
+            return ""  # in pieces: what moves would find smaller chunks than it has, or none
         self._fs.grow_metadata()
         total = self._fs.space().metadata_total
         return f"metadata chunks grown from {format_size(space.metadata_total)} to {format_size(total)}"

@@ -12,6 +12,7 @@ from storaged.balloon import target
 from storaged.balloon.engine import BalloonEngine
 from storaged.errors import FilesystemError, Kind
 from storaged.sim import SimBalloonFile, SimDisk, SimFilesystem
+from storaged.sim.disk import SimChunk
 from storaged.units import GIB, MIB, SECTOR
 
 
@@ -297,6 +298,22 @@ def test_cramped_metadata_is_widened_as_soon_as_there_is_room_for_it() -> None:
     guest.filesystem.reclaim_empty_chunks()
     assert guest.engine.guard(GIB, 0)[0] == 0
     assert not target.cramped(guest.filesystem.space())
+
+
+def test_metadata_stays_where_what_is_unallocated_lies_in_pieces() -> None:
+    guest = Guest()
+    metadata = guest.disk.of("metadata")[0]
+    metadata.length, metadata.used = 8 * MIB, 6 * MIB
+    for start in range(17, 8 * 1024, 125):
+        length = min(113, 8 * 1024 - start)
+        guest.disk.chunks.append(SimChunk(start * MIB, length * MIB, "data", used=MIB))
+    space = guest.filesystem.space()
+    assert target.cramped(space)
+    assert space.unallocated >= 2 * space.metadata_chunk
+    assert guest.engine.prepare() == ""
+    assert guest.disk.faults.calls.get("grow_metadata", 0) == 0, "a balance of metadata that finds no room is dangerous"
+    guest.disk.chunks.pop()
+    assert "metadata chunks grown" in guest.engine.prepare()
 
 
 def test_nothing_is_moved_where_the_balloon_takes_nothing() -> None:
