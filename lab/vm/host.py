@@ -175,7 +175,7 @@ class Host(Calls):
         """A channel to the daemon that listens there."""
         way, path = Outward(connect_to(self.uds, port)), f"{self._private}/{port}"
         self._ways.append(way)
-        await way.start(path)
+        way.open(path)
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", MOST_BYTES)]
         channel = grpc.aio.insecure_channel(f"unix:{path}", options=options)
         self._channels.append(channel)

@@ -6,7 +6,6 @@ that name as the peer.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -16,8 +15,9 @@ from storaged.addresses import ANY_CID, HYBRID, VsockAddress
 from storaged.config import VsockConfig
 from storaged.errors import StoragedError
 from storaged.host.sockets import clear
+from storaged.rpc.acceptor import BACKLOG, Acceptor
 from storaged.rpc.private import PrivateDirectory
-from storaged.rpc.vsock import BACKLOG, Relay
+from storaged.rpc.vsock import Relay
 
 log = logging.getLogger(__name__)
 FIRST_GUEST = 3
@@ -33,7 +33,7 @@ class Doors:
         self.backend = self._private.socket("backend")
         self._hybrid: dict[int, str] = {}  # below 0, where no context id is
         self.relay = Relay(self.backend, _LIMITS, cids=self, names=self._private.path)
-        self._listeners: list[tuple[socket.socket, str]] = []
+        self._acceptors: list[tuple[Acceptor, str]] = []
 
     def __contains__(self, cid: object) -> bool:
         """True for whoever may be a guest."""
@@ -62,16 +62,7 @@ class Doors:
             raise
         number = -1 - len(self._hybrid)
         self._hybrid[number] = path
-        self._listeners.append((listener, path))
-        asyncio.get_running_loop().add_reader(listener, self._accept, listener, number)
-
-    def _accept(self, listener: socket.socket, number: int) -> None:
-        for _ in range(BACKLOG):
-            try:
-                peer, _ = listener.accept()
-            except OSError:
-                return
-            self.relay.adopt(peer, number)
+        self._acceptors.append((Acceptor(listener, lambda peer, _: self.relay.adopt(peer, number)), path))
 
     def peer(self, told: str) -> str | None:
         """Who `told`, gRPC's peer without escapes, is: `vsock:7` or `hybrid:/path`; None when it came another way."""
@@ -83,11 +74,10 @@ class Doors:
 
     async def close(self) -> None:
         """Take no more connections, and end those that are there."""
-        for listener, path in self._listeners:
-            asyncio.get_running_loop().remove_reader(listener)
-            listener.close()
+        for acceptor, path in self._acceptors:
+            acceptor.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        self._listeners.clear()
+        self._acceptors.clear()
         await self.relay.close()
         self._private.remove()

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from storaged.addresses import Address, HybridAddress, TcpAddress, UnixAddress, VsockAddress
+from storaged.rpc.acceptor import Acceptor
 from storaged.rpc.private import PrivateDirectory
 
 log = logging.getLogger(__name__)
@@ -67,16 +68,11 @@ class Outward:
 
     def __init__(self, connect: Connect) -> None:
         self._connect = connect
-        self._server: asyncio.Server | None = None
-        self._starting: asyncio.Task[None] | None = None
-        self._carrying: set[asyncio.Task[None]] = set()
-
-    async def start(self, path: str) -> None:
-        """Serve `path`."""
-        self._server = await asyncio.start_unix_server(self._begin, path, limit=BUFFER)
+        self._acceptor: Acceptor | None = None
+        self._carrying: dict[asyncio.Task[None], socket.socket] = {}
 
     def open(self, path: str) -> None:
-        """Serve `path` soon; who connects before is not refused."""
+        """Serve `path`. Raises OSError."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             listener.bind(path)
@@ -84,47 +80,45 @@ class Outward:
         except BaseException:
             listener.close()
             raise
-        self._starting = asyncio.get_running_loop().create_task(self._adopt(listener))
+        self._acceptor = Acceptor(listener, self._begin)
 
-    async def _adopt(self, listener: socket.socket) -> None:
+    def _begin(self, near: socket.socket, _: object) -> None:
+        task = asyncio.get_running_loop().create_task(self._carry(near))
+        self._carrying[task] = near
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        near = self._carrying.pop(task)
+        if task.cancelled():  # perhaps before it began, and then nobody else closes it
+            near.close()
+
+    async def _carry(self, near: socket.socket) -> None:
+        ends: list[asyncio.StreamWriter] = []
         try:
-            self._server = await asyncio.start_unix_server(self._begin, sock=listener, limit=BUFFER)
-        except BaseException:
-            listener.close()
-            raise
-
-    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(self._carry(reader, writer))
-        self._carrying.add(task)
-        task.add_done_callback(self._carrying.discard)
-
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far: asyncio.StreamWriter | None = None
-        try:
+            reader, writer = await asyncio.open_connection(sock=near, limit=BUFFER)
+            ends.append(writer)
             far_reader, far = await asyncio.open_connection(sock=await self._connect(), limit=BUFFER)
+            ends.append(far)
             await asyncio.gather(_pump(reader, far), _pump(far_reader, writer))
         except (OSError, TimeoutError) as error:
             log.debug("no way out: %s", error)
         except asyncio.CancelledError:
-            for one in (writer, far):
-                if one is not None:
-                    one.transport.abort()  # nobody waits for what is not sent yet
+            for one in ends:
+                one.transport.abort()  # nobody waits for what is not sent yet
             raise
         finally:
-            for one in (writer, far):
-                if one is not None:
-                    one.close()
+            for one in ends:
+                one.close()
 
     async def close(self) -> None:
         """End everything."""
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._carrying):
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
+        tasks = list(self._carrying)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._carrying, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(0)  # transports close in the loop's next round
 
 
@@ -149,7 +143,7 @@ async def reach(address: Address) -> AsyncIterator[str]:
     try:
         way = Outward(to_vsock(address))
         try:
-            await way.start(private.socket("out"))
+            way.open(private.socket("out"))
             yield f"unix:{private.socket('out')}"
         finally:
             await way.close()

@@ -17,6 +17,7 @@ from collections.abc import Container, Coroutine
 from storaged.addresses import VsockAddress
 from storaged.config import VsockConfig
 from storaged.errors import Kind, StoragedError
+from storaged.rpc.acceptor import BACKLOG, Acceptor
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,6 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What every HTTP/2 client sends first (RFC 9113, 3.4)."""
 BUFFER = 64 << 10
 """Bytes that may wait for a slow reader before the other side is no longer read; one read more may be added."""
-BACKLOG = 64
 REASONS = ("cid", "full", "full_cid", "preface", "idle", "backend")
 
 
@@ -186,7 +186,7 @@ class Relay:
         self._dropped = Counter(dict.fromkeys(REASONS, 0))
         self._pairs: set[_Pair] = set()
         self._by_cid: Counter[int] = Counter()
-        self._listeners: list[socket.socket] = []
+        self._acceptors: list[Acceptor] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: set[tuple[str, int]] = set()
 
@@ -231,23 +231,14 @@ class Relay:
         except OSError as error:
             listener.close()
             raise StoragedError(f"cannot listen on {address}: {error.strerror}", Kind.UNAVAILABLE) from error
-        self._listeners.append(listener)
-        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+        self._acceptors.append(Acceptor(listener, self._peer))
         return VsockAddress(address.cid, listener.getsockname()[1])
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(BACKLOG):
-            try:
-                peer, (cid, _port) = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                log.warning("a vsock connection was lost before it began: %s", error)
-                return
-            self.adopt(peer, cid)
+    def _peer(self, peer: socket.socket, address: tuple[int, int]) -> None:
+        self.adopt(peer, address[0])
 
     def adopt(self, peer: socket.socket, cid: int) -> None:
-        """Take a connected socket of the peer `cid`, or drop it at once."""
+        """Take a connected socket of the peer `cid`, which does not block, or drop it at once."""
         config = self.config
         if cid not in (config.cids if self._cids is None else self._cids):
             reason = "cid"
@@ -256,7 +247,6 @@ class Relay:
         elif self._by_cid[cid] >= config.connections_per_cid:
             reason = "full_cid"
         else:
-            peer.setblocking(False)  # noqa: FBT003  # the standard library's own signature
             self.accepted += 1
             pair = _Pair(self, cid)
             self._pairs.add(pair)
@@ -301,11 +291,9 @@ class Relay:
 
     def stop_listening(self) -> None:
         """Take no new connections; those that are there go on."""
-        loop = asyncio.get_running_loop()
-        for listener in self._listeners:
-            loop.remove_reader(listener)
-            listener.close()
-        self._listeners.clear()
+        for acceptor in self._acceptors:
+            acceptor.close()
+        self._acceptors.clear()
 
     async def close(self) -> None:
         """End everything."""

@@ -423,9 +423,35 @@ async def test_outward_a_client_finds_the_far_side(guest: Guest, tmp_path: Path)
         return one
 
     way = Outward(connect)
-    await way.start(str(tmp_path / "out"))
+    way.open(str(tmp_path / "out"))
     async with grpc.aio.insecure_channel(f"unix:{tmp_path / 'out'}") as channel:
         stub: vm_guest_pb2_grpc.MaitredAsyncStub = vm_guest_pb2_grpc.MaitredStub(channel)
         assert (await stub.GetResizeStatus(EMPTY, timeout=5)).current_size
     await way.close()
     assert not way._carrying
+
+
+@pytest.mark.parametrize("rounds", range(10))
+async def test_outward_closed_at_any_moment_of_a_connection_keeps_none(tmp_path: Path, rounds: int) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+
+    async def connect() -> socket.socket:
+        await asyncio.sleep(0)
+        return ours
+
+    before = set(os.listdir("/proc/self/fd"))
+    way = Outward(connect)
+    way.open(str(tmp_path / "out"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, theirs:
+        client.connect(str(tmp_path / "out"))
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        kept = str(client.fileno())
+        await way.close()
+        assert not way._carrying
+        with ours:
+            assert set(os.listdir("/proc/self/fd")) - before == {kept}
+        client.settimeout(1)
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
