@@ -30,9 +30,9 @@ part() {
     if ((status == 2)); then exit 2; fi # interrupted
 }
 
+why=$(tools/vm.sh --why) # first: it brings QEMU, which tests of the host want too
 part "without a real filesystem" "not btrfs and not vm$and_not_slow" -n "${JOBS:-2}" "$@"
 part "on btrfs, one at a time" "btrfs and not vm$and_not_slow" ${LONG:+-rP} "$@"
-why=$(tools/vm.sh --why)
 if [[ -n $why ]]; then
     echo "test: in a virtual machine: left out: $why"
 else
