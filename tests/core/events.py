@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
@@ -15,7 +15,18 @@ from storaged.resize.job import Job, JobState
 from storaged.units import GIB, MIB
 
 FOUND = DirtyLimits(0, 0, 20, 10)
+E = TypeVar("E", bound=ev.Effect)
 FACTS = ev.Facts(size=8 * GIB, device=16 * GIB, minimum=GIB, why="data ends there")
+
+
+def kinds(effects: tuple[ev.Effect, ...]) -> list[type[ev.Effect]]:
+    """The effects' types, notes left out."""
+    return [type(effect) for effect in effects if not isinstance(effect, ev.Note)]
+
+
+def of(effects: tuple[ev.Effect, ...], kind: type[E]) -> list[E]:
+    """The effects of one type."""
+    return [effect for effect in effects if isinstance(effect, kind)]
 
 
 def reported(free: int, told: Told = Told.NORMAL, at: float = 0.0) -> ev.HostReported:
