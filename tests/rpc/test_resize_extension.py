@@ -94,6 +94,11 @@ async def test_who_gives_up_on_a_retarget_still_gets_it(guest: Guest, monkeypatc
         chunk.used = max(chunk.used - 300 * MIB, 8 * MIB)
     guest.disk.speed = 10 * MIB
     await guest.storage.Resize(pb.ResizeRequest(size_bytes=5 * GIB))
+
+    async def running() -> bool:
+        return guest.disk.faults.calls["resize"] > 0
+
+    await until(running)  # before, a cancel need not ask the kernel
     kernel = guest.service.world.resizer.cancel
 
     def cancel() -> None:
