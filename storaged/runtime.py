@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 __all__ = ["ANSWER_WITHIN_S", "READ_WITHIN_S", "Observer", "Snapshot", "StorageService"]
 
 READ_WITHIN_S = 2.0
+RETARGET_TRIES = 3
 WATCH_AGAIN_S = 2.0
 
 
@@ -160,9 +161,16 @@ class StorageService(Writer):
             raise StoragedError(refused.message, refused.kind)
 
     async def _cancel_and_start(self, size: int, *, best_effort: bool) -> Job:
-        with contextlib.suppress(StoragedError):  # none runs, or it has just ended
-            await self.cancel(f"another size was asked for: {size} bytes")
-        return await self.started(size, best_effort=best_effort)
+        async with self._retargeting:
+            for _ in range(RETARGET_TRIES):
+                with contextlib.suppress(StoragedError):  # none runs, or it has just ended
+                    await self.cancel(f"another size was asked for: {size} bytes")
+                if await self.resize(size, best_effort=best_effort):  # else somebody was quicker
+                    break
+            else:
+                raise StoragedError("other resizes begin all the time; ask again", Kind.BUSY)
+            assert self._state.job is not None
+            return self._state.job
 
     async def started(self, size: int, *, best_effort: bool = False) -> Job:
         """As `resize`; the job. StoragedError (BUSY) when another one is running."""

@@ -28,7 +28,7 @@ def status_text(state: State) -> str:
     job = state.job
     if job is not None and job.active:
         way = "shrink" if job.shrinks else "grow"
-        waits = "waits for its device" if job.state is JobState.WAITING else f"{job.progress * 100:.0f} %"
+        waits = "waits for its device" if job.state is JobState.WAITING else f"{int(job.progress * 100)} %"
         parts.append(f"{way} to {format_size(job.requested)}: {waits}")
     return "; ".join(parts)
 

@@ -79,6 +79,7 @@ class Writer:
         self._notes: deque[str] = deque(maxlen=MOST_NOTES)
         self._observers: list[Observer] = []
         self._changed = asyncio.Event()
+        self._retargeting = asyncio.Lock()
         self._tasks: set[asyncio.Future[Any]] = set()
         self._writer: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

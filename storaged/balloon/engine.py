@@ -30,6 +30,9 @@ ENOUGH_OF_A_CHUNK = 0.5
 BUSY_POLL_S = 0.02
 WORTH_A_TRIM = 4 * MIB
 WORTH_A_COMMIT = 4 * MIB
+WORTH_EASING = 8 * MIB
+KEEP_MORE = 16 * MIB
+"""Beyond what has yet to move, for what does not fit together exactly."""
 MOST_TRIMS = 4
 """Per call: a guest that never stops deleting must not hold us for ever."""
 
@@ -61,6 +64,8 @@ class BalloonEngine:
         """Freed bytes that the last trim of this call left out, because it would have held them back."""
         self._spent_then: int | None = None
         """What applications had written when the host last said what they may write; None: nobody knows."""
+        self._said = 0
+        """What the host said then, in bytes."""
 
     def size(self) -> int:
         """Bytes the balloon holds now."""
@@ -118,7 +123,7 @@ class BalloonEngine:
                 self._fs.sync()  # until then what was freed counts as spent
             spent = self._spent(self._fs.space())
             if fresh:
-                self._spent_then = spent
+                self._spent_then, self._said = spent, limit
             elif self._spent_then is not None:
                 limit = min(max(limit - (spent - self._spent_then), 0), limit)
             held = self._settle(limit, may_give=may_give)
@@ -191,29 +196,74 @@ class BalloonEngine:
         Whole extents go. One that is just long enough is better than a longer one: others could take the rest.
         """
         with self.lock:
-            ranges = [(chunk.logical, chunk.logical + chunk.length) for chunk in chunks if chunk.balloon]
-            pieces = sorted(
-                (length, start) for start, length in self._balloon.extents() if any(a <= start < b for a, b in ranges)
-            )
+            pieces = sorted(piece for chunk in chunks for piece in self._pieces(chunk))
             enough = [piece for piece in pieces if piece[0] >= size]
             given = 0
             for length, start in [enough[0]] if enough else reversed(pieces):
                 if given >= size:
                     break
                 given += self._balloon.vacate([(start, length)])
-            self.deflated_total += given
-            if given:
-                self._fs.sync()
-            return given
+            return self._given(given)
+
+    def _pieces(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """The balloon's extents in `chunk`, shortest first: (length, logical start)."""
+        if not chunk.balloon:
+            return []
+        end = chunk.logical + chunk.length
+        return sorted((length, start) for start, length in self._balloon.extents() if chunk.logical <= start < end)
+
+    def _given(self, size: int) -> int:
+        self.deflated_total += size
+        if size:
+            self._fs.sync()
+        return size
+
+    def ease(self, target: int, keep: int) -> int:
+        """Give back what a shrink to `target` bytes has cut away from what applications may write; bytes given.
+
+        Of what stays below `target`, room is left for `keep` bytes that have to move there, and a piece in every chunk
+        that would be empty without: as a hole it is not the same room. Then what is cut away next; nothing that lies
+        below what has yet to move, for it might attract that, which then moves twice. Nothing is taken.
+        """
+        with self.lock:
+            short = self._short()
+            if keep:  # the next step gives as much, until it has cut that away
+                short -= self._fs.space().data_chunk
+            if short < WORTH_EASING:
+                return 0
+            chunks = self.layout().chunks
+            staying = [chunk for chunk in chunks if chunk.balloon and chunk.top <= target]
+            moves = max((chunk.top for chunk in chunks if not chunk.vacant), default=0)
+            next_cut = [chunk for chunk in chunks if chunk.balloon and chunk.top > target and chunk.top >= moves]
+            spare = sum(chunk.balloon for chunk in staying) - keep - KEEP_MORE
+            given = self._give_at_most(min(short, spare), staying, leave=True)
+            given += self._give_at_most(short - given, next_cut, leave=False)
+            return self._given(given)
+
+    def _give_at_most(self, size: int, chunks: Iterable[Chunk], *, leave: bool) -> int:
+        """Whole extents, the longest first; bytes given, not yet free. `leave`: no chunk gets empty."""
+        pieces = []
+        for chunk in chunks:
+            own = self._pieces(chunk)
+            pieces += own[1:] if leave and chunk.vacant else own
+        given = 0
+        for length, start in sorted(pieces, reverse=True):
+            if length <= size - given:
+                given += self._balloon.vacate([(start, length)])
+        return given
+
+    def _short(self) -> int:
+        """Bytes that applications lack of what the host's last word allows, because the balloon holds them."""
+        if self._spent_then is None or not self._balloon.size():
+            return 0  # nobody has said anything yet, or there is nothing to give
+        space = self._fs.space()
+        limit = min(max(self._said - (self._spent(space) - self._spent_then), 0), self._said)
+        return -goal_gap(space, limit)
 
     def vacate(self, chunks: Iterable[Chunk]) -> int:
         """Let the balloon go out of `chunks`, for a resize that is about to cut them away; bytes given back."""
         with self.lock:
-            given = self._balloon.vacate([(chunk.logical, chunk.length) for chunk in chunks])
-            self.deflated_total += given
-            if given:
-                self._fs.sync()
-            return given
+            return self._given(self._balloon.vacate([(chunk.logical, chunk.length) for chunk in chunks]))
 
     def anchor(self, layout: Layout, size: int) -> None:
         """Hold one sector where a data chunk of `layout` goes above `size` and nobody else holds any data.

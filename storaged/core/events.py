@@ -108,7 +108,7 @@ class JobProgressed:
     current_size: int
     moved: int
     to_move: int
-    wall: float
+    at: float
 
 
 class Outcome(enum.Enum):

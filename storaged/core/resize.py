@@ -61,6 +61,7 @@ def resize_requested(state: State, event: ev.ResizeRequested) -> Result:
         start_size=event.facts.size,
         current_size=event.facts.size,
         started=event.wall,
+        began=event.at,
         deadline=event.at + state.config.capacity_wait_s,
         best_effort=event.best_effort,
     )
@@ -125,9 +126,7 @@ def job_progressed(state: State, event: ev.JobProgressed) -> Result:
     job = state.active_job
     if job is None or job.id != event.id:
         return state, ()
-    after = jb.progressed(
-        job, current_size=event.current_size, moved=event.moved, to_move=event.to_move, now=event.wall
-    )
+    after = jb.progressed(job, current_size=event.current_size, moved=event.moved, to_move=event.to_move, now=event.at)
     return replace(state, job=after), ()
 
 

@@ -60,8 +60,10 @@ class Follower:
             took = (job.ended_at.ToNanoseconds() - job.started_at.ToNanoseconds()) / 1e9
             moved = f", {format_size(job.moved_bytes)} moved" if job.moved_bytes else ""
             text = f"done: the filesystem has {exact(job.current_size)}{moved}, in {format_duration(max(took, 0.0))}"
-            if job.reason:  # a best effort
+            if job.reason and job.current_size > job.requested_size:  # a best effort
                 text += f"; it went no further because: {job.reason}"
+            elif job.reason:
+                text += f"; {job.reason}"
         else:
             verb = "was cancelled" if name == "cancelled" else "failed"
             reason = f": {job.reason}" if job.reason else ""

@@ -50,7 +50,7 @@ class KernelCalls:
         """Shrink to `size`, told as it goes: `moves` bytes of the `left` that the job has to move yet."""
         self._watched(work, moves, left, partial(self._resizer.resize, size), certain)
         work.moved += moves
-        work.progress(size, work.moved, work.moved + left - moves, self._clock.wall())
+        work.progress(size, work.moved, work.moved + left - moves, self._clock.monotonic())
 
     def widen(self, work: Work, chunk: Chunk, certain: Certain) -> None:
         """Another chunk for the metadata in `chunk`; where the kernel moves nothing it stays, and that ends nothing."""
@@ -63,7 +63,7 @@ class KernelCalls:
         move = partial(self._resizer.move_out, chunk.logical, metadata=chunk.kind == "metadata")
         if _goes(work, partial(self._watched, work, chunk.held, left, move, certain)):
             work.moved += chunk.held
-            work.progress(layout.size, work.moved, work.moved + left - chunk.held, self._clock.wall())
+            work.progress(layout.size, work.moved, work.moved + left - chunk.held, self._clock.monotonic())
 
     def _watched(self, work: Work, moves: int, left: int, call: Call, certain: Certain | None) -> None:
         """Call the kernel while another thread reports how far it is."""
@@ -75,7 +75,7 @@ class KernelCalls:
             while not done.wait(self._poll_s):
                 # Between chunks the thread's own writes are the signal; never more than the chunk held.
                 within = min(max(self._resizer.written() - written, 0), moves)
-                work.progress(size, work.moved + within, work.moved + left, self._clock.wall())
+                work.progress(size, work.moved + within, work.moved + left, self._clock.monotonic())
 
         watcher = threading.Thread(target=watch, name="resize watch", daemon=True)
         watcher.start()

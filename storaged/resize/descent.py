@@ -10,11 +10,11 @@ from storaged.balloon.engine import BalloonEngine
 from storaged.core.ports import Filesystem
 from storaged.errors import FilesystemError, Kind
 from storaged.resize.calls import KernelCalls, NoLongerCertainError
-from storaged.resize.fit import Step, cramped_metadata, next_step
+from storaged.resize.fit import Step, cramped_metadata, data_chunk, next_step
 from storaged.resize.heal import Healer
 from storaged.resize.layout import Chunk, Layout, Longest, left_to_move
 from storaged.resize.work import Work
-from storaged.units import MIB
+from storaged.units import MIB, sector_ceil, sector_floor
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,14 @@ class Descent:
                     self._balloon.vacate(step.vacate)
                 self._balloon.anchor(layout, step.size)
                 left = left_to_move(layout, target)
+                told = left_to_move(layout, min(target, work.job.requested))  # a best effort goes on after `target`
                 try:
-                    self._calls.cut(work, step.size, step.moves, left, partial(self._still_certain, step.size))
+                    self._calls.cut(work, step.size, step.moves, told, partial(self._still_certain, step.size))
                 except NoLongerCertainError:
                     continue
                 if any(chunk.kind == "metadata" and chunk.top > step.size for chunk in layout.chunks):
                     self._leave_metadata_room(work)
+                self._balloon.ease(target, left - step.moves)
             size = step.size
 
     def picture(self) -> tuple[Layout, Longest]:
@@ -84,6 +86,7 @@ class Descent:
             if step.blocked:
                 # The guest has written since the request was judged.
                 raise FilesystemError(step.blocked, errno.ENOSPC, Kind.OUT_OF_RANGE)
+            step = self._no_more_than_a_chunk(layout, step, longest)
             if not step.moves:
                 return step, layout
             if not (ready := next_step(layout.as_it_is(), target, longest)).blocked:
@@ -95,6 +98,20 @@ class Descent:
             if not (self._balloon.yield_room(wanted, lowest) or self._balloon.yield_room(wanted, staying)):
                 why = "the balloon could not make room for what has to move"
                 raise FilesystemError(why, errno.ENOSPC, Kind.OUT_OF_RANGE)
+
+    def _no_more_than_a_chunk(self, layout: Layout, step: Step, longest: Longest) -> Step:
+        """`step`, or a part of it where a balloon can give back afterwards what each cut takes from applications."""
+        top = max((chunk.top for chunk in layout.chunks if not chunk.vacant), default=0)
+        part = layout.size - data_chunk(layout.size)
+        # What the balloon gives for a chunk should go by the same cut, so chunks go whole.
+        if cut := next((c for c in layout.chunks if c.top - c.stripe_length < part < c.top), None):
+            alone = layout.size - cut.top >= data_chunk(layout.size) // 2
+            part = cut.top if alone else cut.top - cut.stripe_length
+        part = max(sector_floor(part), sector_ceil(top))
+        if not step.size < part < layout.size or not self._balloon.size():
+            return step
+        parted = next_step(layout, part, longest)
+        return step if parted.blocked or parted.moves else parted
 
     def _widen(self, work: Work, chunk: Chunk) -> None:
         """A larger chunk for the metadata in `chunk`; what is short of room afterwards all the same blocks the step."""

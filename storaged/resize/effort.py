@@ -5,7 +5,6 @@ Every cut is as certain as any other. Only what is rewritten may find no room, w
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 from dataclasses import dataclass, field
@@ -87,7 +86,10 @@ class BestEffort:
             bounds = compute(layout, longest)
             why = bounds.why
             if refusals and (cut := tried.next_cut(bounds, target, size)):
-                why = self._cut(work, cut) or why
+                if refused := self._cut(work, cut):
+                    why = refused
+                    if self._balloon.size():
+                        work.settle()  # what it gave for this must not add up with what it gives for the next
                 gained = size - self._fs.size()
                 if gained >= WORTH_A_ROUND:
                     tried = _Tried()
@@ -116,8 +118,6 @@ class BestEffort:
         try:
             self._descent.to(work, cut)
         except FilesystemError as error:
-            if self._balloon.size():
-                work.settle()  # what it gave for this must not add up with what it gives for the next
             if error.kind is Kind.OUT_OF_RANGE:  # the guest has written meanwhile, or `cut` itself is not certain
                 return error.message
             if error.errno not in (errno.ENOSPC, errno.ETXTBSY):
@@ -153,12 +153,12 @@ class BestEffort:
                 bounds = compute(self._balloon.layout(), self._balloon.longest())
                 if why := self._cut(work, max(min(bounds.minimum, layout.size), target)):
                     log.info("a %s chunk moved in vain: %s", chunk.kind, why)
-                    self._back(layout.size)
+                    self._back(work, layout.size)
             except FilesystemError:
-                self._back(layout.size)
+                self._back(work, layout.size)
                 raise
             finally:
-                if any(chunk.balloon for chunk in layout.chunks):
+                if self._balloon.size() or any(chunk.balloon for chunk in layout.chunks):
                     work.settle()  # what it gave for one must not add up with what it gives for the next
 
     def _move_up(self, work: Work, chunk: Chunk) -> None:
@@ -166,22 +166,29 @@ class BestEffort:
         if chunk.balloon:
             self._balloon.vacate((chunk,))
 
+        layout, longest = self._descent.picture()
+        if not has_place(layout, chunk, longest):
+            return  # the guest has written meanwhile
+
         def certain() -> bool:
             layout, longest = self._descent.picture()
             return has_place(layout, chunk, longest)
 
-        if not certain():
-            return  # the guest has written meanwhile
-        self._calls.move_out(work, self._balloon.layout(), chunk, certain)
+        # Nothing is looked up in between: the less time passes, the less a guest can write.
+        self._calls.move_out(work, layout, chunk, certain)
         self._fs.sync()
 
-    def _back(self, size: int) -> None:
+    def _back(self, work: Work, size: int) -> None:
         """To the size before a pivot that was cut off or in vain; not where much has to move: a cancel is quick."""
-        with contextlib.suppress(FilesystemError):
+        try:
             layout, longest = self._descent.picture()
             step = next_step(layout.as_it_is(), size, longest)
             if layout.size > step.size == size and not step.blocked and left_to_move(layout, size) <= LITTLE:
+                self._balloon.vacate(step.vacate)  # or the kernel would copy it, onto the host's disk
                 self._healer.surely(size)
+        except FilesystemError as error:
+            work.kernel_refused = True
+            log.info("what was taken back for a moment stays: %s", error)
 
     def _hand_back(self) -> None:
         try:

@@ -80,7 +80,7 @@ TRANSITIONS: dict[JobState, dict[Signal, JobState]] = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One resize job. Sizes in bytes, `started`/`ended` in seconds since the epoch, `deadline` monotonic."""
+    """One resize job. Sizes in bytes, `started`, `ended` in seconds since the epoch, `began`, `deadline` monotonic."""
 
     id: str
     requested: int
@@ -89,6 +89,7 @@ class Job:
     state: JobState = JobState.REQUESTED
     started: float = 0.0
     ended: float = 0.0
+    began: float = 0.0
     deadline: float = 0.0
     moved: int = 0
     to_move: int = 0
@@ -121,7 +122,7 @@ def signalled(job: Job, signal: Signal) -> Job:
 
 
 def progressed(job: Job, *, current_size: int, moved: int, to_move: int, now: float) -> Job:
-    """The job with news of its work. `now` is seconds since the epoch; progress never goes back, never says 1.
+    """The job with news of its work. `now` is monotonic, in seconds; progress never goes back, never says 1.
 
     The rate is the mean over the job so far: relocation speed varies by chunk, and a mean that only ever
     smooths makes a time left that does not jump.
@@ -134,7 +135,7 @@ def progressed(job: Job, *, current_size: int, moved: int, to_move: int, now: fl
         span = job.start_size - job.requested
         share = (job.start_size - current_size) / span if span else 0.0
     progress = min(max(share, job.progress, 0.0), 0.999)
-    elapsed = now - job.started
+    elapsed = now - job.began
     rate = moved / elapsed if moved and elapsed > 0 else None
     eta = (to_move - moved) / rate if rate else None
     return replace(job, current_size=current_size, moved=moved, to_move=to_move, progress=progress, rate=rate, eta=eta)
@@ -152,5 +153,5 @@ def ended(job: Job, signal: Signal, *, current_size: int, reason: str, now: floa
         rate=None,
         eta=None,
         ended=now,
-        reason="" if exactly else reason,
+        reason=reason,
     )

@@ -92,21 +92,27 @@ class ResizeRunner:
         except FilesystemError as error:
             if work.refused and error.errno != errno.ECANCELED:
                 self._healer.heal(FilesystemError("", errno.ENOSPC))  # whatever ended it now
-            healed = self._healer.heal(error) if work.kernel_refused else ""
+            healed = self._healer.heal(error) if work.kernel_refused or error.errno == errno.EROFS else ""
             stopped = error.errno == errno.ECANCELED
             return ev.Outcome.STOPPED if stopped else ev.Outcome.FAILED, error.message + healed
         return self._judge(wanted, "")
 
     def _shrink(self, work: Work, wanted: int) -> tuple[ev.Outcome, str]:
         why = ""
-        if work.job.best_effort:
-            why = self._effort.run(work)
-        else:
-            self._descent.to(work, wanted)
-        why = (why + self._descent.leave_well(work)).removeprefix("; ")
-        if self._fs.space().read_only:
-            return ev.Outcome.FAILED, why
-        return (ev.Outcome.SUCCEEDED, why) if work.job.best_effort else self._judge(wanted, why)
+        try:
+            if work.job.best_effort:
+                why = self._effort.run(work)
+            else:
+                self._descent.to(work, wanted)
+            why += self._descent.leave_well(work)
+        except FilesystemError as error:
+            if error.errno != errno.ECANCELED or self._fs.size() != wanted:
+                raise
+            why += self._healer.heal(error)  # the end came before the cancel
+        why = why.removeprefix("; ")
+        if work.job.best_effort and not self._fs.space().read_only:
+            return ev.Outcome.SUCCEEDED, why
+        return self._judge(wanted, why)
 
     def _grow(self, work: Work, wanted: int) -> None:
         if (size := self._fs.size()) > wanted:
@@ -117,6 +123,8 @@ class ResizeRunner:
 
     def _judge(self, wanted: int, why: str) -> tuple[ev.Outcome, str]:
         """Whether the filesystem has the size that was asked for, after all that was done."""
+        if self._fs.space().read_only:  # a commit that failed may have been told to nobody
+            return ev.Outcome.FAILED, why or self._healer.heal(FilesystemError("", errno.EROFS)).removeprefix("; ")
         size = self._fs.size()
         if size != wanted:
             return ev.Outcome.FAILED, f"the filesystem has {size} bytes after it" + (f"; {why}" if why else "")

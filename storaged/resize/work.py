@@ -38,6 +38,6 @@ class Work:
         """What had to be done before the first call is done."""
         self.tell(ev.JobPrepared(self.job.id))
 
-    def progress(self, size: int, moved: int, to_move: int, wall: float) -> None:
+    def progress(self, size: int, moved: int, to_move: int, at: float) -> None:
         """`moved` bytes of `to_move`, and the size that is certain by now."""
-        self.tell(ev.JobProgressed(self.job.id, size, moved, to_move, wall))
+        self.tell(ev.JobProgressed(self.job.id, size, moved, to_move, at))

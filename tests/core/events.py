@@ -123,7 +123,7 @@ events: st.SearchStrategy[ev.Event] = st.one_of(
     st.builds(ev.CancelRequested, at=_now, wall=_now),
     st.builds(ev.JobPrepared, id=IDS),
     st.builds(
-        ev.JobProgressed, id=IDS, current_size=sizes, moved=st.integers(0, GIB), to_move=st.integers(0, GIB), wall=_now
+        ev.JobProgressed, id=IDS, current_size=sizes, moved=st.integers(0, GIB), to_move=st.integers(0, GIB), at=_now
     ),
     st.builds(ev.CapacityChanged, device=st.integers(0, 32 * GIB), at=_now, wall=_now),
     st.builds(ev.SuspendRequested, at=_now),
