@@ -113,18 +113,21 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
             engine.hold(None)
             if reached < plan.size:  # else nothing was done, and what is wrong was so before
                 faults += _false_enospc(guest, filesystem)
-        after = fingerprints(guest.mountpoint)
-        after.pop("afterwards", None)
-        faults += [f"damaged: {name}" for name, digest in before.items() if after.get(name) != digest]
     finally:
         resizer.close()
         balloon.close()
         filesystem.close()
     guest.unmount()
     try:
-        guest.check()
+        guest.check("--check-data-csum")
     except RuntimeError as error:
         faults.append(f"btrfs check: {str(error)[-200:]}")
+    try:
+        guest.mount()  # the files as the disk has them, not as they are remembered
+        after = fingerprints(guest.mountpoint)
+        faults += [f"damaged: {name}" for name, digest in before.items() if after.get(name) != digest]
+    except (OSError, RuntimeError) as error:
+        faults.append(f"cannot be read afterwards: {error}")
     guest.close()
     return Verdict(
         *(plan, used, floor(layout), bounds.minimum, bounds.guaranteed, least, reached, brute, moved, seconds, took),
