@@ -321,3 +321,75 @@ def test_nothing_is_moved_where_the_balloon_takes_nothing() -> None:
     guest.disk.faults.fail("grow_metadata", FilesystemError("not to be called", errno.EIO))
     guest.engine.hold(7 * GIB)
     assert guest.disk.faults.calls.get("grow_metadata", 0) == 0
+
+
+SHRINK_TO = 4 * GIB
+
+
+@pytest.fixture
+def shrinking() -> Guest:
+    """In the middle of a shrink to 4 GiB: the balloon beside files and alone, below and above where data lies."""
+    guest = Guest(8 * GIB)
+    guest.engine.hold(guest.available)
+    rows = (
+        ("data", 300, 400),  # file and balloon share it
+        ("data", 0, 700),  # the balloon alone
+        ("data", 0, 0),
+        ("data", 0, 0),
+        ("data", 0, 500),  # above the target, below what has to move
+        ("data", 600, 0),  # what has to move
+        ("data", 0, 600),  # cut away next
+    )
+    guest.disk.chunks = [
+        *(chunk for chunk in guest.disk.chunks if chunk.kind != "data"),
+        *(
+            SimChunk(GIB + number * 850 * MIB, 819 * MIB, kind, used * MIB, held * MIB)
+            for number, (kind, used, held) in enumerate(rows)
+        ),
+    ]
+    return guest
+
+
+def held_by_row(guest: Guest) -> list[int]:
+    """Mebibytes of balloon in each data chunk, lowest first."""
+    return [chunk.held // MIB for chunk in sorted(guest.disk.of("data"), key=lambda chunk: chunk.start)]
+
+
+@pytest.mark.parametrize(
+    ("short", "keep", "left"),
+    [
+        (0, 0, [400, 700, 0, 0, 500, 0, 600]),
+        (399, 0, [400, 700, 0, 0, 500, 0, 600]),  # whole extents, and never more than is lacking
+        (400, 0, [0, 700, 0, 0, 500, 0, 600]),
+        (900, 0, [0, 700, 0, 0, 500, 0, 600]),  # a chunk that would be empty stays
+        (1000, 0, [0, 700, 0, 0, 500, 0, 0]),
+        (5000, 0, [0, 700, 0, 0, 500, 0, 0]),  # what lies between would attract what has yet to move
+        (5000, 600, [0, 700, 0, 0, 500, 0, 0]),
+        (5000, 700, [400, 700, 0, 0, 500, 0, 0]),  # room for what has to move, and a little more
+        (1000, 100, [400, 700, 0, 0, 500, 0, 600]),  # the next step gives as much for a moment
+    ],
+)
+def test_what_a_shrink_cuts_away_is_given_back_from_where_it_does_no_harm(
+    shrinking: Guest, monkeypatch: pytest.MonkeyPatch, short: int, keep: int, left: list[int]
+) -> None:
+    before = sum(held_by_row(shrinking))
+    monkeypatch.setattr(shrinking.engine, "_short", lambda: short * MIB)
+    given = shrinking.engine.ease(SHRINK_TO, keep * MIB)
+    assert held_by_row(shrinking) == left
+    assert given == (before - sum(left)) * MIB
+
+
+def test_what_applications_have_written_since_is_not_given_back(guest: Guest) -> None:
+    guest.engine.hold(3 * GIB)
+    guest.disk.write(GIB)
+    assert guest.engine._short() <= target.TOLERANCE
+    held = guest.balloon.size()
+    assert guest.engine.ease(4 * GIB, 0) == 0
+    assert guest.balloon.size() == held
+
+
+def test_before_the_host_has_said_anything_nothing_is_given_back(guest: Guest) -> None:
+    guest.engine.hold(GIB)
+    again = BalloonEngine(guest.filesystem, guest.balloon)  # after a restart
+    guest.disk.size -= 2 * GIB
+    assert again.ease(2 * GIB, 0) == 0

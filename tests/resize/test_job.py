@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,9 +50,15 @@ def test_the_runners_last_word_ends_the_job(state: JobState, signal: Signal) -> 
 
 
 def test_a_cancel_that_comes_too_late_does_not_undo_success() -> None:
-    job = Job("a", GIB, 2 * GIB, GIB, state=JobState.CANCELLING)
-    last = ended(job, Signal.SUCCEEDED, current_size=GIB, reason="ignored", now=5.0)
+    job = Job("a", GIB, 2 * GIB, GIB, state=JobState.CANCELLING, reason="cancelled on request")
+    last = ended(job, Signal.SUCCEEDED, current_size=GIB, reason="", now=5.0)
     assert (last.state, last.reason, last.progress, last.ended) == (JobState.DONE, "", 1.0, 5.0)
+
+
+def test_what_there_is_to_say_of_a_success_is_said() -> None:
+    job = Job("a", GIB, 2 * GIB, GIB, state=JobState.RUNNING)
+    last = ended(job, Signal.SUCCEEDED, current_size=GIB, reason="healing it failed: no", now=5.0)
+    assert (last.state, last.reason) == (JobState.DONE, "healing it failed: no")
 
 
 def test_done_echoes_the_size_that_was_asked_for() -> None:
@@ -78,7 +86,7 @@ def test_progress_never_goes_back_and_never_says_done(news: list[tuple[int, int,
 
 
 def test_the_time_left_follows_the_mean_rate() -> None:
-    job = progressed(SHRINK, current_size=8 * GIB, moved=GIB, to_move=4 * GIB, now=10)
+    job = progressed(replace(SHRINK, began=100.0), current_size=8 * GIB, moved=GIB, to_move=4 * GIB, now=110)
     assert job.rate == GIB / 10
     assert job.eta == 30
     assert job.progress == 0.25

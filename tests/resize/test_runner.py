@@ -573,3 +573,122 @@ def test_metadata_without_room_gets_a_chunk_at_the_end(cramped: Guest) -> None:
     ended = cramped.run(4 * GIB)
     assert (ended.outcome, cramped.disk.size) == (ev.Outcome.SUCCEEDED, 4 * GIB)
     assert cramped.disk.of("metadata")[0].length >= 40 * MIB, "before data takes the hole for it"
+
+
+def test_a_grow_that_leaves_the_filesystem_read_only_is_no_success(guest: Guest) -> None:
+    # The kernel tells nobody that the last commit of a grow has failed.
+    resize = guest.world.resizer.resize
+
+    def failing(size: int) -> None:
+        resize(size)
+        guest.disk.read_only = True
+
+    guest.world.resizer.resize = failing  # type: ignore[method-assign]
+    ended = guest.run(12 * GIB)
+    assert ended.outcome is ev.Outcome.FAILED
+    assert "read-only" in ended.reason
+
+
+@pytest.mark.parametrize("best_effort", [False, True])
+def test_a_cancel_after_the_last_cut_undoes_nothing(guest: Guest, best_effort: bool) -> None:
+    guest.disk.write(GIB)
+    metadata = guest.disk.of("metadata")[0]
+    metadata.length, metadata.used = 8 * MIB, 6 * MIB
+
+    def tell(event: ev.JobPrepared | ev.JobProgressed | ev.JobEnded) -> None:
+        guest.told.append(event)
+        if isinstance(event, ev.JobProgressed) and guest.disk.size == 4 * GIB:
+            guest.runner._stops["a"].set()
+
+    ended = guest.run(4 * GIB, tell, best_effort=best_effort)
+    assert (ended.outcome, ended.current_size) == (ev.Outcome.SUCCEEDED, 4 * GIB)
+
+
+def test_a_read_only_filesystem_is_named_whoever_says_so_first(guest: Guest) -> None:
+    guest.disk.write(2 * GIB)
+    sync = guest.world.filesystem.sync
+
+    def committing() -> None:
+        if guest.disk.size < 8 * GIB:
+            guest.disk.read_only = True
+            raise FilesystemError("committing the filesystem: Read-only file system", errno.EROFS)
+        sync()
+
+    guest.world.filesystem.sync = committing  # type: ignore[method-assign]
+    ended = guest.run(3 * GIB)
+    assert ended.outcome is ev.Outcome.FAILED
+    assert "back up" in ended.reason
+
+
+@pytest.mark.parametrize("how", ["cancel", "no room"])
+def test_the_balloon_stands_still_until_a_pivot_is_back(topped: Guest, how: str) -> None:
+    # A host that allows nothing: whatever the balloon does not hold, it takes, also what the way back needs.
+    topped.disk.of("data")[0].used -= 100 * MIB
+    topped.engine.hold(0)
+    minimum = topped.minimum()
+    topped.settle = lambda: topped.engine.hold(0, fresh=False) and None  # type: ignore[method-assign,func-returns-value]
+    move_out, resize = topped.world.resizer.move_out, topped.world.resizer.resize
+    moved, refused = [], []
+
+    def moving(logical: int, *, metadata: bool = False) -> None:
+        move_out(logical, metadata=metadata)
+        moved.append(logical)
+        if how == "cancel":
+            topped.runner._stops["a"].set()
+
+    def resizing(size: int) -> None:
+        if how == "no room" and moved and not refused and size < topped.disk.size:
+            refused.append(size)
+            raise FilesystemError("no room", errno.ENOSPC)
+        resize(size)
+
+    topped.world.resizer.move_out = moving  # type: ignore[method-assign]
+    topped.world.resizer.resize = resizing  # type: ignore[method-assign]
+    ended = topped.run(0, best_effort=True)
+    assert moved, "there was a pivot"
+    assert ended.outcome is (ev.Outcome.STOPPED if how == "cancel" else ev.Outcome.SUCCEEDED)
+    assert topped.disk.size <= minimum
+    assert topped.disk.written < 8 * MIB, "nothing of the balloon was copied to the host"
+
+
+def test_a_best_efforts_progress_is_measured_to_what_was_asked_for(scattered: Guest) -> None:
+    scattered.run(0, best_effort=True)
+    told = [event for event in scattered.told if isinstance(event, ev.JobProgressed)]
+    before = [event for event in told if event.moved and event.current_size > scattered.disk.size]
+    assert before
+    assert all(event.moved < event.to_move for event in before), "there is more to come"
+
+
+@pytest.mark.parametrize("target", [0, 8 * GIB, 10 * GIB])
+def test_what_applications_may_write_falls_by_a_chunk_at_a_time(target: int) -> None:
+    guest = Guest(16 * GIB)
+    guest.disk.write(9 * GIB)
+    for chunk in guest.disk.of("data")[:-1]:
+        chunk.used = chunk.length // 3
+    limit, chunk_length = 5 * GIB, guest.disk.data_chunk
+    guest.engine.hold(limit)
+    space, resize = guest.world.filesystem.space, guest.world.resizer.resize
+    seen = [space().available]
+
+    def watched(size: int) -> None:
+        seen.append(space().available)
+        resize(size)
+
+    guest.world.resizer.resize = watched  # type: ignore[method-assign]
+    assert guest.run(target or guest.minimum()).outcome is ev.Outcome.SUCCEEDED
+    guest.engine.hold(limit, fresh=False)
+    last = space().available
+    assert max(seen) <= limit + chunk_length
+    assert min(seen) >= min(limit, last) - 2 * chunk_length
+    falls = [before - after for before, after in itertools.pairwise([*seen, last])]
+    assert max(falls) <= 2 * chunk_length
+
+
+def test_what_is_given_back_on_the_way_does_not_take_what_has_to_move(guest: Guest) -> None:
+    guest.disk.write(6 * GIB)
+    for chunk in guest.disk.of("data"):
+        chunk.used = chunk.length // 2
+    guest.engine.hold(2 * GIB)
+    minimum = guest.minimum()
+    assert guest.run(minimum).outcome is ev.Outcome.SUCCEEDED
+    assert guest.disk.size == minimum
