@@ -88,6 +88,23 @@ async def test_a_target_below_bounds_that_nobody_has_read_cancels_nothing(guest:
     assert (now.id, now.state) == (first.id, pb.JOB_WAITING_FOR_CAPACITY)
 
 
+async def test_two_retargets_at_once_are_both_heard_and_the_later_holds(guest: Guest) -> None:
+    guest.disk.write(3 * GIB)
+    guest.disk.of("data")[0].used = 0
+    guest.disk.speed = 200 * MIB
+    minimum = (await guest.maitred.GetResizeBounds(EMPTY)).minimum_size
+    await guest.storage.Resize(pb.ResizeRequest(size_bytes=minimum))
+
+    async def running() -> bool:
+        return guest.disk.faults.calls["resize"] > 0
+
+    await until(running)
+    sizes = (minimum + 100 * MIB, 12 * GIB)
+    calls = [guest.storage.Resize(pb.ResizeRequest(size_bytes=size, retarget=True)) for size in sizes]
+    asked = {(await call).job.requested_size for call in calls}
+    assert asked == set(sizes)
+
+
 async def test_who_gives_up_on_a_retarget_still_gets_it(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     guest.disk.write(5 * GIB)
     for chunk in guest.disk.of("data"):
