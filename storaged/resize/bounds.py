@@ -13,13 +13,14 @@ from itertools import accumulate
 
 from storaged.resize.fit import (
     SYSTEM_CHUNK,
-    certain_room,
+    certain_in,
     data_chunk,
     fit,
     metadata_chunk,
     metadata_room,
     metadata_short_of,
     next_step,
+    room_in,
 )
 from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Chunk, Layout, Longest, asked_once, holes_at
 from storaged.units import MIB, SECTOR
@@ -106,7 +107,8 @@ def _promising(  # noqa: C901, PLR0912, PLR0915  # one sweep with its sums in lo
     biggest = list(accumulate((length for _, length in gaps), max, initial=0))
     metadata = [chunk for chunk in ordered if chunk.kind == "metadata"]
     copies = max((len(chunk.stripes) for chunk in metadata), default=1)
-    rooms = sum(sum(chunk.rooms) + sum(chunk.balloon_rooms) for chunk in ordered if chunk.kind == "data")
+    room = [room_in(chunk) for chunk in ordered]
+    rooms = sum(room)
     unallocated = layout.size - FIRST_USABLE - sum(len(chunk.stripes) * chunk.stripe_length for chunk in ordered)
     free = metadata_room(metadata)
     most_new = data_chunk(layout.size)
@@ -124,7 +126,7 @@ def _promising(  # noqa: C901, PLR0912, PLR0915  # one sweep with its sums in lo
             held = chunk.held
             data += held
             anything = anything or held
-            rooms -= sum(chunk.rooms) + sum(chunk.balloon_rooms)
+            rooms -= room[count - 1]
         elif chunk.kind == "metadata":
             used += chunk.used
             free -= metadata_room([chunk])
@@ -174,8 +176,7 @@ def _with_extents(
         rounded = max(1 << (longest.bit_length() - 1), SECTOR) if longest else SECTOR
         if rounded != counted:
             counted = rounded
-            certain = (certain_room((*c.rooms, *c.balloon_rooms), rounded) if c.kind == "data" else 0 for c in ordered)
-            below = list(accumulate(certain, initial=0))
+            below = list(accumulate((certain_in(chunk, rounded) for chunk in ordered), initial=0))
         chunk = data_chunk(layout.size)
         whole = fresh - fresh * (rounded - SECTOR) // chunk if rounded <= chunk else 0
         if data - rounded < below[-1] - below[count] + max(whole, 0) + 1:

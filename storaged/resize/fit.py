@@ -115,7 +115,7 @@ def obstacle(
         return f"data chunk at {start} cannot move: it is the last one, and there is no hole for another"
     fresh = _new_chunks(room, size, claimable, in_full=bool(wanted))
     data = sum(chunk.held for chunk in moving if chunk.kind == "data")
-    certain = certain_room((*_rooms(staying), *fresh), longest)
+    certain = sum(certain_in(chunk, longest) for chunk in staying) + certain_room(fresh, longest)
     if data and (not certain or data - longest >= certain):
         return (
             f"{where} cannot move: {data} bytes lie above {size}, and room for only {certain} is certain"
@@ -204,8 +204,9 @@ def unclaimed(moving: Iterable[Chunk], room: Iterable[int], *, all_at_once: bool
     return sum(room) - largest - empty
 
 
-def _rooms(staying: Iterable[Chunk]) -> list[int]:
-    return [piece for chunk in staying if chunk.kind == "data" for piece in (*chunk.rooms, *chunk.balloon_rooms)]
+def room_in(chunk: Chunk) -> int:
+    """Bytes that data may take in `chunk` once the balloon gives up its own."""
+    return sum(chunk.rooms) + sum(chunk.balloon_rooms) if chunk.kind == "data" else 0
 
 
 def _metadata_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[Chunk], size: int) -> int:
@@ -220,13 +221,26 @@ def _metadata_short(layout: Layout, moving: Sequence[Chunk], staying: Sequence[C
     if short <= 0:
         return 0
     copies = max((len(chunk.stripes) for chunk in (*moving, *kept) if chunk.kind in ("metadata", "mixed")), default=1)
-    taken = max(sum(c.held for c in moving if c.kind == "data") - sum(_rooms(staying)), 0)
+    taken = max(sum(c.held for c in moving if c.kind == "data") - sum(map(room_in, staying)), 0)
     return max(copies * short + MIB - max(sum(holes(staying, size)) - taken, 0), 0)
 
 
 def certain_room(pieces: Iterable[int], longest: int) -> int:
     """Bytes of extents up to `longest` that are sure to fit into `pieces`, whatever the order."""
     return sum(piece - longest + SECTOR for piece in pieces if piece >= longest)
+
+
+def certain_in(chunk: Chunk, longest: int) -> int:
+    """`certain_room` of what is free in a data chunk, and of the balloon's; 0 of another."""
+    if chunk.kind != "data":
+        return 0
+    certain = 0
+    for pieces in (chunk.rooms, chunk.balloon_rooms):
+        for piece in pieces:
+            if piece < longest:
+                break  # the longest come first: in a fragmented filesystem most are too short
+            certain += piece - longest + SECTOR
+    return certain
 
 
 def data_chunk(size: int) -> int:

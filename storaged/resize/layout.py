@@ -29,11 +29,16 @@ class Chunk:
     stripes: tuple[int, ...]
     stripe_length: int
     rooms: tuple[int, ...] = ()
-    """Lengths of the pieces of free room in it; data chunks only."""
+    """Lengths of the pieces of free room in it, longest first; data chunks only."""
     balloon_rooms: tuple[int, ...] = ()
     """Lengths of the balloon's pieces in it: room as well, once the balloon gives it up."""
     pinned: bool = False
     """An active swap file lies in it: the kernel does not move it."""
+
+    def __post_init__(self) -> None:
+        for name in ("rooms", "balloon_rooms"):
+            if len(pieces := getattr(self, name)) > 1:
+                object.__setattr__(self, name, tuple(sorted(pieces, reverse=True)))
 
     @property
     def top(self) -> int:

@@ -626,9 +626,14 @@ def test_the_balloon_stands_still_until_a_pivot_is_back(topped: Guest, how: str)
     topped.disk.of("data")[0].used -= 100 * MIB
     topped.engine.hold(0)
     minimum = topped.minimum()
-    topped.settle = lambda: topped.engine.hold(0, fresh=False) and None  # type: ignore[method-assign,func-returns-value]
+
+    def settle() -> None:
+        topped.engine.hold(0, fresh=False)
+
+    topped.settle = settle  # type: ignore[method-assign]
     move_out, resize = topped.world.resizer.move_out, topped.world.resizer.resize
-    moved, refused = [], []
+    moved: list[int] = []
+    refused: list[int] = []
 
     def moving(logical: int, *, metadata: bool = False) -> None:
         move_out(logical, metadata=metadata)
