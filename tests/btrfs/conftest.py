@@ -14,7 +14,7 @@ from lab.daemon import Daemon
 from lab.loop import Guest
 from storaged.btrfs.system import ProcSysctl
 from storaged.core.model import DirtyLimits
-from tests.btrfs.support import QUIET, Figures
+from tests.btrfs.support import QUIET, SAID, Figures
 from tests.conftest import why_no_btrfs
 
 MakeGuest = Callable[..., Guest]
@@ -83,6 +83,12 @@ def make_daemon(place: Path) -> Iterator[MakeDaemon]:
     yield make
     for daemon in made:
         daemon.kill()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The counts of gate, kills and power cuts."""
+    for text in SAID:
+        terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,9 @@ TARGET_SLACK = 4 * MIB
 QUIET = recovery.QUIET
 
 
+SAID: list[str] = []
+
+
 @dataclass
 class Figures:
     """Lines for people: what was measured on the way."""
@@ -36,6 +39,11 @@ class Figures:
     def note(self, **values: object) -> None:
         """One line of `name=value`; sizes as given."""
         self.lines.append(" ".join(f"{name}={value}" for name, value in values.items()))
+
+    def say(self, text: str) -> None:
+        """What one runs the test for: shown at the end of the run, whether it passed or not."""
+        self.lines.append(text)
+        SAID.append(text)
 
 
 # --- what a filesystem says -----------------------------------------------------------------------------------

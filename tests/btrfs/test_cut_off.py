@@ -19,7 +19,7 @@ from storaged.units import GIB, MIB
 from tests.btrfs import support
 from tests.btrfs.conftest import MakeDaemon
 
-pytestmark = pytest.mark.btrfs
+pytestmark = [pytest.mark.btrfs, pytest.mark.once]
 SIZE = 4 * GIB
 ROUNDS = 4
 

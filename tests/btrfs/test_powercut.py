@@ -16,8 +16,12 @@ from tests.btrfs.support import Figures
 
 pytestmark = [
     pytest.mark.btrfs,
+    pytest.mark.once,
     pytest.mark.skipif(bool(writelog.why_not()), reason=f"write log: {writelog.why_not()}"),
 ]
+
+POINTS = 10
+"""As many as a life has phases: one of each."""
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +41,12 @@ def recording(life: Plan, place: Path) -> Recording:
     return record(life, place)
 
 
-def _faults(tallies: Iterator[powercut.Tally], figures: Figures) -> list[str]:
+def _last(tallies: Iterator[powercut.Tally], figures: Figures) -> powercut.Tally:
     last = powercut.Tally()
     for tally in tallies:
         last = tally
-    figures.note(powercut=last)
-    return last.faults
+    figures.say(f"power cuts: {last}")
+    return last
 
 
 def test_the_recording_is_worth_cutting(life: Plan, recording: Recording) -> None:
@@ -55,7 +59,7 @@ def test_the_recording_is_worth_cutting(life: Plan, recording: Recording) -> Non
 
 
 def test_nothing_is_lost_at_some_flushes(life: Plan, recording: Recording, place: Path, figures: Figures) -> None:
-    assert _faults(powercut.cut(life, recording, place, points=5), figures) == []
+    assert _last(powercut.cut(life, recording, place, points=POINTS), figures).faults == []
 
 
 def test_a_disk_that_forgets_what_was_flushed_is_found_out(life: Plan, recording: Recording, place: Path) -> None:
@@ -76,4 +80,8 @@ def test_a_disk_that_forgets_what_was_flushed_is_found_out(life: Plan, recording
 def test_nothing_is_lost_at_any_flush(seed: int, figures: Figures) -> None:
     every = plan(seed)
     with loop.workspace(loop.memory()) as directory:
-        assert _faults(powercut.cut(every, record(every, directory), directory), figures) == []
+        tally = _last(powercut.cut(every, record(every, directory), directory), figures)
+    assert tally.faults == []
+    assert {"shrink", "grow", "inflate", "deflate"} <= set(tally.cuts), "each was cut into"
+    assert tally.mid_journal
+    assert tally.torn

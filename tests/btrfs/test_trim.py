@@ -19,7 +19,7 @@ from storaged.btrfs.filesystem import BtrfsFilesystem
 from storaged.units import GIB, MIB
 from tests.btrfs.conftest import MakeGuest
 
-pytestmark = pytest.mark.btrfs
+pytestmark = [pytest.mark.btrfs, pytest.mark.once]
 FILE = 8 * MIB
 
 
