@@ -96,7 +96,9 @@ class ChildResizer:
         return number
 
     def cancel(self) -> None:
-        # Only a balance of ours: one that somebody else runs or has paused is not ours to end.
+        # Only a balance of ours: one that somebody else runs or has paused is not ours to end. Ours is never paused.
+        if self._moving and "paused" in self._fs.space().exclusive_operation:
+            return
         cancel = ioctl.cancel_balance if self._moving else ioctl.cancel_resize
         try:
             with kernel("cancelling the resize"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import pytest
 
 from lab.daemon import Daemon
 from lab.loop import Guest, fill, run
+from storaged.btrfs.filesystem import BtrfsFilesystem
+from storaged.btrfs.resizer import ChildResizer
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, MIB
 from tests.btrfs import support
@@ -30,10 +33,13 @@ def _pause_a_balance(guest: Guest) -> None:
             if paused.returncode == 0:
                 break
             time.sleep(0.002)
-    status = subprocess.run(
-        ["btrfs", "balance", "status", guest.mountpoint], capture_output=True, text=True, check=False
-    ).stdout
-    assert "is paused" in status
+    assert "is paused" in _balance(guest)
+
+
+def _balance(guest: Guest) -> str:
+    """What the kernel's balance is doing."""
+    command = ["btrfs", "balance", "status", str(guest.mountpoint)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _fails(daemon: Daemon, limit: int, *words: str) -> None:
@@ -75,6 +81,43 @@ def test_a_paused_balance(make_guest: MakeGuest, make_daemon: MakeDaemon, figure
     _fails(daemon, 300 * MIB, "balance")
     run("btrfs", "balance", "cancel", guest.mountpoint)
     _settles(daemon, guest, 300 * MIB, figures, "balance")
+
+
+@pytest.mark.parametrize("best_effort", [False, True])
+def test_a_paused_balance_is_nobodys_to_end(best_effort: bool, make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    guest = make_guest(3 * GIB)
+    for index in range(6):
+        fill(guest.mountpoint / f"data{index}", 120 * MIB)
+    daemon = make_daemon(guest)
+    target = daemon.minimum()
+    _pause_a_balance(guest)
+    for size in (target, 3 * GIB + GIB // 2):
+        if size > 3 * GIB:
+            guest.resize_image(4 * GIB)
+        request = storaged_v1_pb2.ResizeRequest(size_bytes=size, best_effort=best_effort and size < 3 * GIB)
+        daemon.storage.Resize(request, timeout=20)
+        assert daemon.wait_resized(40).current_size == 3 * GIB
+        job = daemon.report().job
+        assert job.state == storaged_v1_pb2.JOB_FAILED
+        assert "cancel the paused balance first" in job.reason
+        assert f"{job.reason}" in daemon.log.read_text(encoding="utf-8")
+        assert "is paused" in _balance(guest)
+
+
+def test_a_cancel_ends_no_paused_balance(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    guest = make_guest(3 * GIB)
+    for index in range(6):
+        fill(guest.mountpoint / f"data{index}", 120 * MIB)
+    _pause_a_balance(guest)
+    with contextlib.closing(BtrfsFilesystem(str(guest.mountpoint))) as filesystem:
+        resizer = ChildResizer(filesystem)
+        try:
+            resizer._moving = True  # the moment between the request and the kernel's refusal
+            resizer.cancel()
+        finally:
+            resizer.close()
+    assert "is paused" in _balance(guest)
+    run("btrfs", "balance", "cancel", guest.mountpoint)
 
 
 def test_a_filesystem_mounted_read_only(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
