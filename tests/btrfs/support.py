@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import shutil
+import subprocess
 import threading
 import time
 import urllib.request
@@ -172,6 +173,26 @@ def hashes(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def balance_status(guest: Guest) -> str:
+    """What `btrfs balance status` says, whatever it is."""
+    command = ["btrfs", "balance", "status", str(guest.mountpoint)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    return done.stdout
+
+
+def pause_a_balance(guest: Guest) -> None:
+    """Leave a paused balance behind; it has moved little."""
+    command = ["btrfs", "balance", "start", "--full-balance", str(guest.mountpoint)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as balance:
+        until = time.monotonic() + 20
+        while time.monotonic() < until and balance.poll() is None:
+            paused = subprocess.run(["btrfs", "balance", "pause", guest.mountpoint], capture_output=True, check=False)
+            if paused.returncode == 0:
+                break
+            time.sleep(0.002)
+    assert "is paused" in balance_status(guest)
 
 
 # --- watching from outside ------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import time
 from collections.abc import Callable
 
 import pytest
@@ -21,25 +19,6 @@ from tests.btrfs.support import SUBVOLUME, Figures, available, metric, report_fo
 
 pytestmark = pytest.mark.btrfs
 METRICS = ("--metrics", "127.0.0.1:0")
-
-
-def _pause_a_balance(guest: Guest) -> None:
-    """Leave a paused balance behind; it has moved little."""
-    command = ["btrfs", "balance", "start", "--full-balance", str(guest.mountpoint)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as balance:
-        until = time.monotonic() + 20
-        while time.monotonic() < until and balance.poll() is None:
-            paused = subprocess.run(["btrfs", "balance", "pause", guest.mountpoint], capture_output=True, check=False)
-            if paused.returncode == 0:
-                break
-            time.sleep(0.002)
-    assert "is paused" in _balance(guest)
-
-
-def _balance(guest: Guest) -> str:
-    """What the kernel's balance is doing."""
-    command = ["btrfs", "balance", "status", str(guest.mountpoint)]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _fails(daemon: Daemon, limit: int, *words: str) -> None:
@@ -73,7 +52,7 @@ def test_a_paused_balance(make_guest: MakeGuest, make_daemon: MakeDaemon, figure
         fill(guest.mountpoint / f"data{index}", 120 * MIB)
     daemon = make_daemon(guest, *METRICS)
     assert daemon.report_free(report_for(GIB)) == vm_guest_pb2.SUCCESS
-    _pause_a_balance(guest)
+    support.pause_a_balance(guest)
     _fails(daemon, 300 * MIB, "balance")
     # What needs no room is done all the same, and is no failure.
     assert daemon.report_free(report_for(GIB + 200 * MIB)) == vm_guest_pb2.SUCCESS
@@ -83,32 +62,26 @@ def test_a_paused_balance(make_guest: MakeGuest, make_daemon: MakeDaemon, figure
     _settles(daemon, guest, 300 * MIB, figures, "balance")
 
 
-@pytest.mark.parametrize("best_effort", [False, True])
-def test_a_paused_balance_is_nobodys_to_end(best_effort: bool, make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
-    guest = make_guest(3 * GIB)
+def test_a_grow_beside_a_paused_balance(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
+    guest = make_guest(3 * GIB, device_size=4 * GIB)
     for index in range(6):
         fill(guest.mountpoint / f"data{index}", 120 * MIB)
     daemon = make_daemon(guest)
-    target = daemon.minimum()
-    _pause_a_balance(guest)
-    for size in (target, 3 * GIB + GIB // 2):
-        if size > 3 * GIB:
-            guest.resize_image(4 * GIB)
-        request = storaged_v1_pb2.ResizeRequest(size_bytes=size, best_effort=best_effort and size < 3 * GIB)
-        daemon.storage.Resize(request, timeout=20)
-        assert daemon.wait_resized(40).current_size == 3 * GIB
-        job = daemon.report().job
-        assert job.state == storaged_v1_pb2.JOB_FAILED
-        assert "cancel the paused balance first" in job.reason
-        assert f"{job.reason}" in daemon.log.read_text(encoding="utf-8")
-        assert "is paused" in _balance(guest)
+    support.pause_a_balance(guest)
+    daemon.resize(4 * GIB)
+    assert daemon.wait_resized(20).current_size == 3 * GIB
+    job = daemon.report().job
+    assert job.state == storaged_v1_pb2.JOB_FAILED
+    assert "cancel the paused balance first" in job.reason
+    assert job.reason in daemon.log.read_text(encoding="utf-8")
+    assert "is paused" in support.balance_status(guest)
 
 
 def test_a_cancel_ends_no_paused_balance(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     guest = make_guest(3 * GIB)
     for index in range(6):
         fill(guest.mountpoint / f"data{index}", 120 * MIB)
-    _pause_a_balance(guest)
+    support.pause_a_balance(guest)
     with contextlib.closing(BtrfsFilesystem(str(guest.mountpoint))) as filesystem:
         resizer = ChildResizer(filesystem)
         try:
@@ -116,7 +89,7 @@ def test_a_cancel_ends_no_paused_balance(make_guest: MakeGuest, make_daemon: Mak
             resizer.cancel()
         finally:
             resizer.close()
-    assert "is paused" in _balance(guest)
+    assert "is paused" in support.balance_status(guest)
     run("btrfs", "balance", "cancel", guest.mountpoint)
 
 
