@@ -42,6 +42,18 @@ async def test_the_report_has_the_bounds_of_now(guest: Guest) -> None:
         assert report.bounds.why
 
 
+async def test_the_report_says_what_stands_at_the_bound(guest: Guest) -> None:
+    guest.disk.write(2 * guest.disk.data_chunk)
+    metadata = guest.disk.of("metadata")[0]
+    at = metadata.start
+    for chunk in guest.disk.of("data"):  # to the brim, and metadata above them
+        chunk.start, at = at, at + chunk.length
+    metadata.start = at
+    bounds = (await guest.report()).bounds
+    assert bounds.minimum_size == bounds.guaranteed_size == at + metadata.length
+    assert bounds.why.startswith(f"metadata chunk at {at} cannot move: no hole of ")
+
+
 async def test_reports_one_after_the_other_leave_the_disk_alone(guest: Guest) -> None:
     await guest.report()
     before = guest.disk.faults.calls["sync"]
