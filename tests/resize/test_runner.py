@@ -20,7 +20,6 @@ from storaged.resize.layout import KERNEL_MINIMUM, Layout
 from storaged.resize.runner import ResizeRunner
 from storaged.resize.work import Tell
 from storaged.sim import SimDisk, make_world
-from storaged.sim.disk import SimChunk
 from storaged.units import GIB, MIB, SECTOR
 
 
@@ -698,42 +697,3 @@ def test_what_is_given_back_on_the_way_does_not_take_what_has_to_move(guest: Gue
     minimum = guest.minimum()
     assert guest.run(minimum).outcome is ev.Outcome.SUCCEEDED
     assert guest.disk.size == minimum
-
-
-def test_what_was_certain_before_a_wait_is_judged_anew(guest: Guest) -> None:
-    metadata = guest.disk.of("metadata")[0]
-    hole = metadata.start
-    metadata.start = 4 * GIB  # and below it room for another, as long as nobody else takes it
-    resize = guest.world.resizer.resize
-    waits: list[int] = []
-
-    def busy(size: int) -> None:
-        if size < 4 * GIB and not waits:
-            waits.append(size)
-            guest.disk.chunks.append(SimChunk(hole, 4 * GIB - hole, "data", 4 * GIB - hole))
-            raise FilesystemError("the kernel's own reclaim", errno.EINPROGRESS, Kind.BUSY)
-        resize(size)
-
-    guest.world.resizer.resize = busy  # type: ignore[method-assign]
-    ended = guest.run(2 * GIB)
-    assert waits
-    assert ended.outcome is ev.Outcome.FAILED
-    assert "cannot move" in ended.reason
-    assert not guest.disk.read_only
-
-
-def test_where_nothing_can_be_taken_back_only_rewriting_helps(scattered: Guest) -> None:
-    minimum = scattered.minimum()
-    assert scattered.run(minimum).outcome is ev.Outcome.SUCCEEDED
-    scattered.disk.set_device(minimum)
-    sizes: list[int] = []
-    resize = scattered.world.resizer.resize
-
-    def watched(size: int) -> None:
-        sizes.append(size)
-        resize(size)
-
-    scattered.world.resizer.resize = watched  # type: ignore[method-assign]
-    scattered.run(0, best_effort=True)
-    assert scattered.disk.size < minimum - 100 * MIB
-    assert max(sizes) <= minimum
