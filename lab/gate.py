@@ -36,7 +36,33 @@ from storaged.units import GIB, MIB
 
 BRUTE_FORCE_UP_TO = GIB
 BRUTE_FORCE_CUTS = 8
+AFTERWARDS = "afterwards"
 SHARES = {"at most half used": 0.5, "at most three quarters used": 0.75, "all": float("inf")}
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What statvfs showed on a filesystem of `size` bytes, and what could then be written."""
+
+    size: int
+    shown: int
+    written: int
+
+    @property
+    def slack(self) -> int:
+        """What may be missing: chunks for the metadata of what is written, each up to a tenth of the filesystem."""
+        return max(self.shown // 10, min(self.size // 64, 64 * MIB))
+
+    @property
+    def tested(self) -> bool:
+        """True where so much was shown that it could have been missing."""
+        return self.shown > self.slack
+
+    @property
+    def faults(self) -> list[str]:
+        """A false ENOSPC."""
+        missing = self.written < self.shown - self.slack
+        return [f"false ENOSPC: {self.shown} shown, {self.written} written"] if missing else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +85,8 @@ class Verdict:
     faults: tuple[str, ...]
     why: str = ""
     """What ended the second job."""
+    room: Room | None = None
+    """Whether what statvfs shows can be written afterwards; None where nothing shrank."""
 
 
 def floor(layout: Layout) -> int:
@@ -67,7 +95,7 @@ def floor(layout: Layout) -> int:
     return max(FIRST_USABLE + held, KERNEL_MINIMUM)
 
 
-def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict:  # noqa: PLR0915  # one story, told in order
+def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict:
     """Make the layout, shrink it to its bound, look at what is left."""
     guest = Guest(directory, plan.size, mkfs=plan.mkfs, mount=plan.mount)
     build(guest, plan)
@@ -77,6 +105,7 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
     engine = BalloonEngine(filesystem, balloon)
     resizer = ChildResizer(filesystem)
     faults: list[str] = []
+    room: Room | None = None
 
     def settle() -> None:
         if plan.limit is not None:
@@ -112,27 +141,39 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
         else:
             engine.hold(None)
             if reached < plan.size:  # else nothing was done, and what is wrong was so before
-                faults += _false_enospc(guest, filesystem)
+                room = _room(guest, filesystem)
+                faults += room.faults
     finally:
         resizer.close()
         balloon.close()
         filesystem.close()
-    guest.unmount()
-    try:
-        guest.check("--check-data-csum")
-    except RuntimeError as error:
-        faults.append(f"btrfs check: {str(error)[-200:]}")
-    try:
-        guest.mount()  # the files as the disk has them, not as they are remembered
-        after = fingerprints(guest.mountpoint)
-        faults += [f"damaged: {name}" for name, digest in before.items() if after.get(name) != digest]
-    except (OSError, RuntimeError) as error:
-        faults.append(f"cannot be read afterwards: {error}")
+    faults += damage(guest, before)
     guest.close()
     return Verdict(
         *(plan, used, floor(layout), bounds.minimum, bounds.guaranteed, least, reached, brute, moved, seconds, took),
-        *(tuple(faults), why),
+        *(tuple(faults), why, room),
     )
+
+
+def damage(guest: Guest, before: dict[str, str]) -> list[str]:
+    """What the disk no longer holds of the files that were there `before`; leaves the filesystem unmounted.
+
+    It is mounted anew first: else most would be read from memory, whatever the disk holds.
+    """
+    guest.unmount()
+    try:
+        guest.mount()
+    except RuntimeError as error:
+        faults = [f"does not mount again: {error}"]
+    else:
+        after = fingerprints(guest.mountpoint, leave_out=AFTERWARDS)
+        faults = [f"damaged: {name}" for name, digest in before.items() if after.get(name) != digest]
+        guest.unmount()
+    try:
+        guest.check(data=True)
+    except RuntimeError as error:
+        faults.append(f"btrfs check: {str(error)[-200:]}")
+    return faults
 
 
 def _resized(
@@ -211,15 +252,13 @@ def _can_write(guest: Guest, limit: int) -> bool:
     return written > limit + guest.image.stat().st_size // 10 + 4 * MIB
 
 
-def _false_enospc(guest: Guest, filesystem: BtrfsFilesystem) -> list[str]:
-    """Writes must go up to what statvfs shows; a tenth, or 64 MiB, is left for metadata and compression."""
+def _room(guest: Guest, filesystem: BtrfsFilesystem) -> Room:
+    """Write until there is no room, which should be where statvfs says."""
     filesystem.sync()
     shown = filesystem.statvfs_available() or 0
     os.sync()
-    written, _ = fill(guest.mountpoint / "afterwards")
-    if written < shown - max(shown // 10, 64 * MIB):
-        return [f"false ENOSPC: {shown} shown, {written} written"]
-    return []
+    written, _ = fill(guest.mountpoint / AFTERWARDS)
+    return Room(filesystem.size(), shown, written)
 
 
 def summary(verdicts: Iterable[Verdict]) -> str:
@@ -232,6 +271,7 @@ def summary(verdicts: Iterable[Verdict]) -> str:
         "reached / used": lambda v: v.reached / v.used,
         "reached / floor": lambda v: v.reached / v.floor,
         "floor / min-dev-size": lambda v: v.floor / v.min_dev_size,
+        "min-dev-size / used": lambda v: v.min_dev_size / v.used,
         "reached / min-dev-size": lambda v: v.reached / v.min_dev_size,
         "bound / min-dev-size": lambda v: v.bound / v.min_dev_size,
         "guaranteed / min-dev-size": lambda v: v.guaranteed / v.min_dev_size,
@@ -245,14 +285,25 @@ def summary(verdicts: Iterable[Verdict]) -> str:
             lines.append(f"{name}: {len(some)} layouts; median of min-dev-size: {medians}")
     tried = [verdict for verdict in seen if verdict.brute_force is not None]
     if tried:
-        deeper = [verdict.bound / (verdict.brute_force or verdict.bound) for verdict in tried]
-        as_deep = sum(ratio <= 1 for ratio in deeper)
-        lines.append(
-            f"bound / brute force: median {statistics.median(deeper):.2f}, worst {max(deeper):.2f};"
-            f" nothing deeper worked on {as_deep} of {len(tried)}"
-        )
+        for name in ("bound", "reached"):
+            deeper = [getattr(verdict, name) / (verdict.brute_force or verdict.bound) for verdict in tried]
+            lines.append(
+                f"{name} / brute force: median {statistics.median(deeper):.2f}, worst {max(deeper):.2f};"
+                f" at least as low on {sum(ratio <= 1 for ratio in deeper)} of {len(tried)}"
+            )
+    lines.append(_rooms([verdict.room for verdict in seen if verdict.room is not None]))
     lines += [f"  {verdict.plan}: {'; '.join(verdict.faults)}" for verdict in failed]
     return "\n".join(lines)
+
+
+def _rooms(rooms: list[Room]) -> str:
+    """How much the check for a false ENOSPC is worth."""
+    tested = [room for room in rooms if room.tested]
+    text = f"false ENOSPC: {len(rooms)} looked at, {sum(room.written > 0 for room in rooms)} written to"
+    if not tested:
+        return f"{text}, none showed room enough to tell"
+    missing = [1 - room.written / room.shown for room in tested]
+    return f"{text}, {len(tested)} showed room enough to tell; missing of it: {_spread(missing)}"
 
 
 def _spread(ratios: Iterable[float]) -> str:
@@ -282,6 +333,7 @@ def main(first: int, count: int, *, brute_force: bool = True) -> int:
             f" brute force {'-' if verdict.brute_force is None else verdict.brute_force // MIB}"
             f" moved {verdict.moved // MIB} in {verdict.seconds:.2f} s (bounds {verdict.bounds_seconds * 1e3:.0f} ms)"
             f" because {verdict.why}"
+            f" then {f'{room.written / MIB:.1f} of {room.shown / MIB:.1f} written' if (room := verdict.room) else '-'}"
             f" {'FAILED ' + '; '.join(verdict.faults) if verdict.faults else 'ok'}",
             flush=True,
         )

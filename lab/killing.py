@@ -32,6 +32,7 @@ from storaged.units import GIB, KIB, MIB
 
 SIZE = 8 * GIB
 PIECES = 32
+VICTIMS = ("daemon", "daemon", "child", "both")
 ALL_EVERY = 3
 CHECK_EVERY = 50
 GOES_WITHIN_S = 10.0
@@ -119,6 +120,22 @@ class Tally:
     slowest_s: float = 0.0
     faults: list[str] = field(default_factory=list)
 
+    @property
+    def victims(self) -> Counter[str]:
+        """How often each was killed, whatever it was at."""
+        return self._summed(0)
+
+    @property
+    def works(self) -> Counter[str]:
+        """How often somebody was killed at each kind of work."""
+        return self._summed(1)
+
+    def _summed(self, part: int) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for name, count in self.kills.items():
+            found[name.split(" in ")[part]] += count
+        return found
+
     def __str__(self) -> str:
         def list_of(counter: Counter[str]) -> str:
             return ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
@@ -136,6 +153,7 @@ class Killer:
     def __init__(self, directory: Path, seed: int) -> None:
         self.tally = Tally()
         self._dice = random.Random(seed)
+        self._victims: list[str] = []
         self._guest = Guest(directory, SIZE)
         self._root = self._guest.mountpoint
         config = directory / "storaged.toml"
@@ -173,7 +191,9 @@ class Killer:
         children = daemon.children()
         self._asked.clear()
         what = self._begin()
-        victims = dice.choice(["daemon", "daemon", "child", "both"])
+        if not self._victims:  # all of them come before any comes again: a few kills have each kind too
+            self._victims = dice.sample(VICTIMS, len(VICTIMS))
+        victims = self._victims.pop()
         time.sleep(dice.choice([0.0, dice.uniform(0, 0.01), dice.uniform(0, 0.3)]))
         self.tally.kills[f"{victims} in {what}"] += 1
         self.tally.resizing += self._exclusive.read_text(encoding="ascii").strip() in ("resize", "balance")

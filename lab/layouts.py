@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import random
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import btrfsutil
 
 from lab.loop import Guest
+from lab.recovery import digest_of
 from storaged.btrfs import ioctl
 from storaged.units import GIB, MIB
 
@@ -139,14 +139,14 @@ def _clone(source: Path, target: Path) -> None:
                 raise
 
 
-def fingerprints(root: Path) -> dict[str, str]:
-    """SHA-256 of every file below `root`, snapshots included, the balloon not."""
+def fingerprints(root: Path, *, leave_out: str = "") -> dict[str, str]:
+    """SHA-256 of every file below `root`, or why it cannot be read; snapshots included, the balloon not."""
     found = {}
     for directory, folders, names in os.walk(root):
         if ".storaged-balloon" in folders:
             folders.remove(".storaged-balloon")
         for name in names:
             path = Path(directory) / name
-            with path.open("rb") as file:
-                found[str(path.relative_to(root))] = hashlib.file_digest(file, "sha256").hexdigest()
+            if (at := str(path.relative_to(root))) != leave_out:
+                found[at] = digest_of(path)
     return found

@@ -191,18 +191,19 @@ class Guest:
         os.sync()
         return self.image.stat().st_blocks * 512
 
-    def check(self, *options: str) -> str:
-        """`btrfs check` on the unmounted filesystem; raises RuntimeError unless it is clean."""
+    def check(self, *, data: bool = False) -> str:
+        """`btrfs check` on the unmounted filesystem, of all checksums with `data`; RuntimeError unless it is clean."""
+        command = ("btrfs", "check", "--readonly", *(["--check-data-csum"] if data else []))
         for _ in range(50):
             try:
-                return run("btrfs", "check", "--readonly", *options, self.device or self.image)
+                return run(*command, self.device or self.image)
             except RuntimeError as error:
                 if "busy" not in str(error):
                     raise
                 time.sleep(0.1)  # the kernel lets go of the device a little after the unmount
         # Somebody else's mount namespace still has its copy of our mount: then the image tells as much.
         os.sync()
-        return run("btrfs", "check", "--readonly", *options, self.image)
+        return run(*command, self.image)
 
 
 def fill(path: Path, most: int | None = None, block: int = 1 << 20) -> tuple[int, int]:

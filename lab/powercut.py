@@ -29,6 +29,9 @@ from lab.writelog import Replay
 from storaged.rpc.proto import storaged_v1_pb2
 from storaged.units import MIB
 
+WORK = ("shrink", "best effort", "grow", "inflate", "deflate")
+"""The phases that a few cuts are for."""
+
 
 @dataclass(slots=True)
 class Tally:
@@ -52,10 +55,10 @@ class Tally:
 
 
 def chosen(flushes: list[int], recording: Recording, points: int, dice: random.Random) -> list[int]:
-    """At most `points` of the flushes (0: all), as many from each phase as can be."""
+    """At most `points` of the flushes (0: all), as many from each phase as can be, of the daemon's work first."""
     if not points or points >= len(flushes):
         return flushes
-    phases: dict[str, list[int]] = {}
+    phases: dict[str, list[int]] = {phase: [] for phase in WORK}
     for index in flushes:
         phases.setdefault(recording.ledger.phase_at(recording.entries[index].end), []).append(index)
     for found in phases.values():

@@ -14,11 +14,21 @@ from lab.daemon import Daemon
 from lab.loop import Guest
 from storaged.btrfs.system import ProcSysctl
 from storaged.core.model import DirtyLimits
-from tests.btrfs.support import QUIET, SAID, Figures
+from tests.btrfs.support import QUIET, Figures
 from tests.conftest import why_no_btrfs
 
 MakeGuest = Callable[..., Guest]
 MakeDaemon = Callable[..., Daemon]
+COLLECTED = pytest.StashKey[Figures]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What the runs hit stands at their end, also when all of them pass."""
+    collected = config.stash.get(COLLECTED, None)
+    if collected is not None and collected.shown:
+        terminalreporter.section("counts")
+        for line in collected.shown:
+            terminalreporter.write_line(line)
 
 
 def default_limits() -> DirtyLimits:
@@ -85,16 +95,10 @@ def make_daemon(place: Path) -> Iterator[MakeDaemon]:
         daemon.kill()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The counts of gate, kills and power cuts."""
-    for text in SAID:
-        terminalreporter.write_line(text)
-
-
 @pytest.fixture(scope="session")
-def figures() -> Iterator[Figures]:
+def figures(pytestconfig: pytest.Config) -> Iterator[Figures]:
     """Measured figures, appended to the file that STORAGED_FIGURES names."""
-    collected = Figures()
+    pytestconfig.stash[COLLECTED] = collected = Figures()
     yield collected
     path = os.environ.get("STORAGED_FIGURES")
     if path:

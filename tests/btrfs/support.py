@@ -28,23 +28,21 @@ TARGET_SLACK = 4 * MIB
 QUIET = recovery.QUIET
 
 
-SAID: list[str] = []
-
-
 @dataclass
 class Figures:
     """Lines for people: what was measured on the way."""
 
     lines: list[str] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
 
     def note(self, **values: object) -> None:
         """One line of `name=value`; sizes as given."""
         self.lines.append(" ".join(f"{name}={value}" for name, value in values.items()))
 
-    def say(self, text: str) -> None:
-        """What one runs the test for: shown at the end of the run, whether it passed or not."""
-        self.lines.append(text)
-        SAID.append(text)
+    def show(self, what: str, counts: object) -> None:
+        """The same, and also at the end of the run that made them: what was hit is as good as a test's result."""
+        self.note(**{what: counts})
+        self.shown.append(f"{what}: {counts}")
 
 
 # --- what a filesystem says -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tests.btrfs.support import Figures, available, children, report_for, runnin
 
 pytestmark = [pytest.mark.btrfs, pytest.mark.once]
 LARGE = 24 * GIB
+FEW, MANY = 8, 250
 
 
 def _kill(pid: int) -> None:
@@ -31,17 +32,18 @@ def _kill(pid: int) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [8, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(kills: int, figures: Figures) -> None:
     with loop.workspace(loop.memory()) as directory:
         tally = Killer(directory, seed=kills).run(kills)
-    figures.say(f"kills: {tally}")
+    figures.show("kills", tally)
     assert tally.faults == []
     assert sum(tally.kills.values()) >= kills
     assert tally.records
-    if kills > 100:
-        assert {name.split()[0] for name in tally.kills} == {"daemon", "child", "both"}
-        assert tally.resizing, "some came while the kernel moved data"
+    assert set(tally.victims) == {"daemon", "child", "both"}, tally
+    if kills == MANY:  # what a few meet is up to chance
+        assert set(tally.works) >= {"shrink", "best effort", "grow", "inflate", "deflate", "its start"}, tally
+        assert tally.resizing >= kills // 25, tally
 
 
 def _restarted_while_it_waits(daemon: Daemon) -> None:

@@ -60,7 +60,7 @@ def _check(guest: Guest, daemon: Daemon) -> None:
     daemon.stop()
     assert not support.read_only(guest)
     guest.unmount()
-    guest.check("--check-data-csum")  # what is read below a mount may come from memory
+    guest.check(data=True)  # what is read below a mount may come from memory
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.btrfs
 STARTED = vm_guest_pb2.ResizeFilesystemResponse.STARTED
 ALREADY = vm_guest_pb2.ResizeFilesystemResponse.ALREADY_IN_PROGRESS
 NEAR = 16 * MIB
+EXPOSED_S = 0.5
+"""Most of it for a machine that is busy with something else."""
 
 
 def _resized(daemon: Daemon, size: int) -> vm_guest_pb2.GetResizeStatusResponse:
@@ -35,6 +37,7 @@ def _size_on_disk(guest: Guest) -> int:
         return int.from_bytes(file.read(8), "little")
 
 
+@pytest.mark.once
 def test_there_and_back(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     guest = make_guest(2 * GIB, device_size=8 * GIB)
     fill(guest.mountpoint / "data", 100 * MIB)
@@ -160,6 +163,7 @@ def test_a_read_only_filesystem_is_not_resized(make_guest: MakeGuest, make_daemo
 SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 12 else []) for seed in range(100)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_minimum_is_reached(seed: int, make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
     inflated = seed % 2 == 0
@@ -230,6 +234,7 @@ def test_an_active_swap_file_is_named_and_not_promised_away(make_guest: MakeGues
     daemon.stop()
 
 
+@pytest.mark.once
 def test_a_best_effort_goes_on_where_the_promise_ends(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     guest = make_guest(4 * GIB)
     run("btrfs", "filesystem", "sync", guest.mountpoint)
@@ -260,6 +265,7 @@ def test_a_best_effort_goes_on_where_the_promise_ends(make_guest: MakeGuest, mak
     assert _size_on_disk(guest) == report.job.current_size
 
 
+@pytest.mark.once
 def test_a_best_effort_is_cancelled_at_a_size_that_is_true(
     make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures
 ) -> None:
@@ -288,7 +294,7 @@ def test_a_best_effort_is_cancelled_at_a_size_that_is_true(
     figures.note(best_effort_cancels=[round(one, 3) for one in took])
     assert statistics.median(took) < 1
     guest.unmount()
-    guest.check("--check-data-csum")
+    guest.check(data=True)
     guest.mount()
     assert support.hashes(guest.mountpoint) == before
 
@@ -330,8 +336,9 @@ def test_the_balloon_follows_every_resize(make_guest: MakeGuest, make_daemon: Ma
         assert abs(daemon.report().balloon.size_bytes - held(guest)) <= MIB
 
 
-def test_a_grow_is_never_anybodys_room(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
-    # The room a grow brings belongs to the host until it has said otherwise.
+def test_a_grow_is_nobodys_room_for_long(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+    # The room a grow brings belongs to the host until it has said otherwise. The kernel shows it to everybody until the
+    # balloon has taken it, which is a matter of some 20 ms.
     guest = make_guest(2 * GIB, device_size=16 * GIB)
     daemon = make_daemon(guest)
     assert daemon.report_free(report_for(200 * MIB)) == vm_guest_pb2.SUCCESS
@@ -341,7 +348,8 @@ def test_a_grow_is_never_anybodys_room(make_guest: MakeGuest, make_daemon: MakeD
         support.until(lambda: 200 * MIB - NEAR <= available(guest) <= 200 * MIB + GIB, within_s=10)
     over = [(at, value) for at, value in seen.times if value > 200 * MIB + 2 * GIB]
     figures.note(grow_most_available=max(seen.values), exposed_samples=len(over), exposed_s=seen.longest(over))
-    assert seen.longest(over) < 1, "the balloon has it as soon as the kernel makes it"
+    assert seen.samples > 100
+    assert seen.longest(over) <= EXPOSED_S
 
 
 def test_the_status_answers_while_a_resize_runs(
