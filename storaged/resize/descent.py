@@ -18,6 +18,8 @@ from storaged.units import MIB, sector_ceil, sector_floor
 
 log = logging.getLogger(__name__)
 
+TRIES_BESIDE_A_WRITER = 3
+"""Cuts that the kernel may refuse before a promised shrink gives up: between the picture and the cut a guest writes."""
 YIELD_MORE = 16 * MIB
 """Room the balloon gives up beyond what moves, for what does not fit together exactly."""
 
@@ -34,6 +36,7 @@ class Descent:
     def to(self, work: Work, target: int) -> None:
         """Down to `target` bytes. FilesystemError: OUT_OF_RANGE when a step is not certain; what was cut stays cut."""
         size = self._fs.size()
+        again = TRIES_BESIDE_A_WRITER
         while size > target:
             work.heed()
             with self._balloon.lock:
@@ -48,6 +51,13 @@ class Descent:
                 try:
                     self._calls.cut(work, step.size, step.moves, told, partial(self._still_certain, step.size))
                 except NoLongerCertainError:
+                    continue
+                except FilesystemError as error:
+                    again -= 1
+                    raced = error.errno == errno.ENOSPC and again and not work.job.best_effort
+                    if not raced or not self._forgotten(error):
+                        raise
+                    log.info("judged anew, for a guest that writes may have taken the room: %s", error)
                     continue
                 if any(chunk.kind == "metadata" and chunk.top > step.size for chunk in layout.chunks):
                     self._leave_metadata_room(work)
@@ -67,6 +77,10 @@ class Descent:
         with self._balloon.lock:
             self._leave_metadata_room(work)
         return self._healer.heal(FilesystemError("", errno.ENOSPC))
+
+    def _forgotten(self, error: FilesystemError) -> bool:
+        """True when the kernel's refusal has changed nothing, and was made to be forgotten."""
+        return not self._healer.heal(error)
 
     def _still_certain(self, size: int) -> bool:
         layout, longest = self.picture()

@@ -191,3 +191,26 @@ def test_a_cancel_while_pivots_are_looked_for_ends_it_soon(guest: Guest, monkeyp
     timer.join()
     assert time.monotonic() - judged[0] < SOON_S
     assert not disk.faults.calls["move_out"]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_cut_that_a_writer_was_faster_than_is_judged_anew(guest: Guest, times: int) -> None:
+    # Between the picture and the cut a guest may write; what the kernel refuses then changes nothing.
+    guest.disk.write(2 * GIB)
+    resize = guest.world.resizer.resize
+    refused: list[int] = []
+
+    def racing(size: int) -> None:
+        if size < guest.disk.size - SECTOR and len(refused) < times:
+            refused.append(size)
+            raise FilesystemError("no room to move what lies above the new end", errno.ENOSPC)
+        resize(size)
+
+    guest.world.resizer.resize = racing  # type: ignore[method-assign]
+    ended = guest.run(4 * GIB)
+    assert len(refused) == times
+    if times < 3:
+        assert (ended.outcome, guest.disk.size) == (ev.Outcome.SUCCEEDED, 4 * GIB)
+    else:
+        assert ended.outcome is ev.Outcome.FAILED
+        assert "no room to move" in ended.reason
