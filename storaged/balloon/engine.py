@@ -125,7 +125,7 @@ class BalloonEngine:
             if fresh:
                 self._spent_then, self._said = spent, limit
             elif self._spent_then is not None:
-                limit = min(max(limit - (spent - self._spent_then), 0), limit)
+                limit = _left_of(limit, spent - self._spent_then)
             held = self._settle(limit, may_give=may_give)
             if fresh:
                 self._spent_then = self._spent(held.space)
@@ -196,7 +196,7 @@ class BalloonEngine:
         Whole extents go. One that is just long enough is better than a longer one: others could take the rest.
         """
         with self.lock:
-            pieces = sorted(piece for chunk in chunks for piece in self._pieces(chunk))
+            pieces = sorted(piece for _, own in self._pieces(chunks) for piece in own)
             enough = [piece for piece in pieces if piece[0] >= size]
             given = 0
             for length, start in [enough[0]] if enough else reversed(pieces):
@@ -205,12 +205,14 @@ class BalloonEngine:
                 given += self._balloon.vacate([(start, length)])
             return self._given(given)
 
-    def _pieces(self, chunk: Chunk) -> list[tuple[int, int]]:
-        """The balloon's extents in `chunk`, shortest first: (length, logical start)."""
-        if not chunk.balloon:
-            return []
-        end = chunk.logical + chunk.length
-        return sorted((length, start) for start, length in self._balloon.extents() if chunk.logical <= start < end)
+    def _pieces(self, chunks: Iterable[Chunk]) -> list[tuple[Chunk, list[tuple[int, int]]]]:
+        """The balloon's extents in each of `chunks`, shortest first: (length, logical start); asked for once."""
+        extents = self._balloon.extents()
+        return [
+            (c, sorted((length, start) for start, length in extents if c.logical <= start < c.logical + c.length))
+            for c in chunks
+            if c.balloon
+        ]
 
     def _given(self, size: int) -> int:
         self.deflated_total += size
@@ -243,8 +245,7 @@ class BalloonEngine:
     def _give_at_most(self, size: int, chunks: Iterable[Chunk], *, leave: bool) -> int:
         """Whole extents, the longest first; bytes given, not yet free. `leave`: no chunk gets empty."""
         pieces = []
-        for chunk in chunks:
-            own = self._pieces(chunk)
+        for chunk, own in self._pieces(chunks):
             pieces += own[1:] if leave and chunk.vacant else own
         given = 0
         for length, start in sorted(pieces, reverse=True):
@@ -257,8 +258,7 @@ class BalloonEngine:
         if self._spent_then is None or not self._balloon.size():
             return 0  # nobody has said anything yet, or there is nothing to give
         space = self._fs.space()
-        limit = min(max(self._said - (self._spent(space) - self._spent_then), 0), self._said)
-        return -goal_gap(space, limit)
+        return -goal_gap(space, _left_of(self._said, self._spent(space) - self._spent_then))
 
     def vacate(self, chunks: Iterable[Chunk]) -> int:
         """Let the balloon go out of `chunks`, for a resize that is about to cut them away; bytes given back."""
@@ -407,6 +407,11 @@ class BalloonEngine:
 def _moves_chunks(space: Space) -> bool:
     """True while an exclusive operation is at work."""
     return space.exclusive_operation != "none" and "paused" not in space.exclusive_operation
+
+
+def _left_of(limit: int, spent: int) -> int:
+    """What of `limit` applications may still write after `spent` bytes; never more, also when they have deleted."""
+    return min(max(limit - spent, 0), limit)
 
 
 def goal_gap(space: Space, limit: int) -> int:
