@@ -15,15 +15,10 @@ from storaged.resize.bounds import Bounds, compute
 from storaged.resize.layout import Layout, Longest
 from storaged.sim.disk import SimChunk
 from storaged.units import GIB, KIB, MIB, SECTOR
-from tests.resize.test_runner import Guest
+from tests.resize.guest import Guest
 
 SOON_S = 1.0
 """Within this a cancel has ended a job that would go on for much longer."""
-
-
-@pytest.fixture
-def guest() -> Guest:
-    return Guest()
 
 
 @pytest.fixture
@@ -38,20 +33,6 @@ def packed(guest: Guest) -> Guest:
         at += chunk.length
     metadata.start = at
     disk.size = disk.device = at + metadata.length
-    return guest
-
-
-@pytest.fixture
-def topped(guest: Guest) -> Guest:
-    """Full data chunks, and above them metadata in a chunk much longer than it need be."""
-    disk = guest.disk
-    metadata = disk.of("metadata")[0]
-    disk.write(2 * disk.data_chunk)
-    at = metadata.start
-    for chunk in disk.of("data"):
-        chunk.start = at
-        at += chunk.length
-    metadata.start = at
     return guest
 
 

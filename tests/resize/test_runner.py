@@ -11,51 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
 from storaged.errors import FilesystemError, Kind
-from storaged.resize.bounds import compute
 from storaged.resize.job import Job, JobState
 from storaged.resize.layout import KERNEL_MINIMUM, Layout
-from storaged.resize.runner import ResizeRunner
-from storaged.resize.work import Tell
-from storaged.sim import SimDisk, make_world
 from storaged.units import GIB, MIB, SECTOR
-
-
-class Guest:
-    """A simulated filesystem, its balloon and its runner."""
-
-    def __init__(self, size: int = 8 * GIB) -> None:
-        self.disk = SimDisk(size, device=2 * size)
-        self.world = make_world(self.disk)
-        self.engine = BalloonEngine(self.world.filesystem, self.world.balloon)
-        self.runner = ResizeRunner(
-            self.world.filesystem, self.world.resizer, self.engine, self.world.clock, poll_s=0.005
-        )
-        self.told: list[ev.Event] = []
-        self.settled = 0
-
-    def settle(self) -> None:
-        """What the daemon does before the last word."""
-        assert not any(isinstance(event, ev.JobEnded) for event in self.told)
-        self.settled += 1
-
-    def run(self, size: int, tell: Tell | None = None, *, best_effort: bool = False) -> ev.JobEnded:
-        """A job to `size`; its end."""
-        self.told.clear()
-        job = Job("a", size, self.disk.size, self.disk.size, JobState.PREPARING, best_effort=best_effort)
-        self.runner.run(job, tell or self.told.append, self.settle)
-        last = self.told[-1]
-        assert isinstance(last, ev.JobEnded)
-        assert sum(isinstance(event, ev.JobEnded) for event in self.told) == 1
-        assert last.current_size == self.disk.size
-        return last
-
-    def minimum(self) -> int:
-        """The bound that hosts are told."""
-        return compute(self.engine.layout(), self.engine.longest()).minimum
-
+from tests.resize.guest import Guest
 
 Turns = list[tuple[str, int]]
 TURNS = st.lists(st.tuples(st.sampled_from(["write", "delete", "hold"]), st.integers(0, 8 * GIB)), max_size=10)
@@ -70,11 +31,6 @@ def aged(size: int, turns: Turns) -> Guest:
         else:
             getattr(guest.disk, what)(amount)
     return guest
-
-
-@pytest.fixture
-def guest() -> Guest:
-    return Guest()
 
 
 def test_growing(guest: Guest) -> None:
@@ -183,18 +139,6 @@ def test_what_is_rewritten_lets_a_shrink_go_further_than_was_promised(scattered:
     assert scattered.disk.faults.calls["move_out"]
     assert scattered.disk.size < minimum - 200 * MIB
     assert sum(chunk.used for chunk in scattered.disk.of("data")) == 1200 * MIB
-
-
-@pytest.fixture
-def topped(guest: Guest) -> Guest:
-    """Full data chunks, and above them metadata in a chunk much longer than it need be."""
-    guest.disk.write(2 * guest.disk.data_chunk)
-    metadata = guest.disk.of("metadata")[0]
-    at = metadata.start
-    for chunk in guest.disk.of("data"):
-        chunk.start, at = at, at + chunk.length
-    metadata.start = at
-    return guest
 
 
 def test_a_chunk_that_is_too_long_goes_up_and_comes_back_shorter(topped: Guest) -> None:
