@@ -56,8 +56,6 @@ def resize(client: HostClient, name: str, size: int, *, yes: bool, as_json: bool
         raise StoragedError(
             f"{name} cannot be resized now: {guest.not_resizable_reason or 'why is not known'}", Kind.PRECONDITION
         )
-    if size == now and size == guest.logical_bytes:
-        return _end(None, now, f"nothing to do: {name} has {exact(now)}", as_json=as_json)
     if guest.minimum_bytes and size < min(guest.minimum_bytes, now):
         why = f"; {guest.minimum_reason}" if guest.minimum_reason else ""
         raise StoragedError(
@@ -72,7 +70,10 @@ def resize(client: HostClient, name: str, size: int, *, yes: bool, as_json: bool
     with HostFeed(client, patience=_PATIENCE) as feed:
         begun = client.resize(name, size)
         ended = _follow(client, feed, begun, terminal, quiet=as_json)
-    return _end(ended, ended.filesystem_bytes, host_show.outcome(ended), as_json=as_json)
+    text = host_show.outcome(ended)
+    if ended.state == pb.RESIZE_DONE and size == now == ended.from_bytes and size == guest.logical_bytes:
+        text = f"nothing to do: {name} has {exact(now)}"  # only the host knows for certain: it was asked
+    return _end(ended, ended.filesystem_bytes, text, as_json=as_json)
 
 
 def _follow(client: HostClient, feed: HostFeed, begun: pb.Resize, terminal: Terminal, *, quiet: bool) -> pb.Resize:
@@ -105,12 +106,11 @@ def _follow(client: HostClient, feed: HostFeed, begun: pb.Resize, terminal: Term
                     raise StoragedError("how the resize ended is not known: storaged-host has forgotten it")
 
 
-def _end(ended: pb.Resize | None, size: int, text: str, *, as_json: bool) -> int:
-    done = ended is None or ended.state == pb.RESIZE_DONE
+def _end(ended: pb.Resize, size: int, text: str, *, as_json: bool) -> int:
+    done = ended.state == pb.RESIZE_DONE
     if as_json:
-        name = "done" if done or ended is None else pb.ResizeState.Name(ended.state).partition("_")[2].lower()
-        job = encode.as_dict(ended) if ended is not None else None
-        print(encode.line({"outcome": name, "size_bytes": size, "resize": job}), flush=True)
+        name = "done" if done else pb.ResizeState.Name(ended.state).partition("_")[2].lower()
+        print(encode.line({"outcome": name, "size_bytes": size, "resize": encode.as_dict(ended)}), flush=True)
     elif done:
         print(text, flush=True)
     if not done:

@@ -35,6 +35,7 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         self._histories = {controller.pool.name: History() for controller in controllers}
         self._totals: dict[str, int] = {}
         self._logical: dict[str, int] = {}
+        self._looked = 0.0
         self._asking: asyncio.Task[None] | None = None
         self._sequence = 0
         self._watchers: set[asyncio.Event] = set()
@@ -160,7 +161,7 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
     def _guests(self, controllers: Sequence[Controller]) -> list[pb.Guest]:
         now = time.monotonic()
         found = [
-            encode.guest(member, controller, now, self._logical.get(member.config.image))
+            encode.guest(member, controller, now, self._logical.get(member.config.image), self._looked)
             for controller in controllers
             for member in controller.members.values()
         ]
@@ -170,7 +171,9 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         """What only the disk knows."""
         pools = {controller.pool.name: controller.pool.path for controller in self._controllers}
         images = {member.config.image for controller in self._controllers for member in controller.members.values()}
+        begun = time.monotonic()
         totals, self._logical = await asyncio.to_thread(_look, pools, images)
+        self._looked = begun
         self._totals |= totals
 
 

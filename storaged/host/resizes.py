@@ -32,11 +32,15 @@ VERIFY_TRIES, VERIFY_S = 10, 0.2
 
 @dataclass(slots=True)
 class Job:
-    """One saga as it runs. `interrupt` is set once somebody wants it to stop."""
+    """One saga as it runs. `interrupt` is set once somebody wants it to stop.
+
+    `ended`: when it ended, monotonic seconds; None while it runs, and for one that another process had run.
+    """
 
     saga: Saga
     interrupt: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    ended: float | None = None
 
 
 class World:
@@ -77,6 +81,11 @@ class Resizes:
         """Running ones, then ended ones, newest first."""
         found = [job.saga for job in self._jobs.values()]
         return tuple(sorted(found, key=lambda saga: (not saga.active, -(saga.ended or saga.started))))
+
+    def last(self, guest: str) -> tuple[Saga, float] | None:
+        """The guest's resize that ended last in this process, and when, monotonic seconds."""
+        ended = [(job.saga, job.ended) for job in self._jobs.values() if job.saga.guest == guest and job.ended]
+        return max(ended, key=lambda each: each[1], default=None)
 
     def load(self) -> None:
         """Read what was written down. Raises StoragedError: what is not known must not be written over."""
@@ -220,7 +229,7 @@ class Resizes:
     async def _drive(self, job: Job, effects: tuple[sm.Effect, ...]) -> None:
         while True:
             if not job.saga.active:
-                job.saga = replace(job.saga, ended=time.time())
+                job.saga, job.ended = replace(job.saga, ended=time.time()), time.monotonic()
                 self._say(job.saga)
             event: sm.Event | None = None
             for effect in effects:

@@ -85,6 +85,16 @@ def test_a_resize_from_beginning_to_end(host: SimulatedHost) -> None:
     assert (value["outcome"], value["size_bytes"], value["resize"]["state"]) == ("done", size + GIB, "RESIZE_DONE")
 
 
+def test_a_size_that_it_has_is_asked_for_all_the_same(host: SimulatedHost) -> None:
+    # What the guest last reported may be old: only the host can say that there is nothing to do.
+    size = guests(host)["ci"]["filesystem_bytes"]
+    done = ask(host, "resize", "ci", str(size), "--json")
+    value = json.loads(done.stdout)
+    assert (done.returncode, value["outcome"], value["size_bytes"]) == (0, "done", size)
+    assert value["resize"]["guest"] == "ci"
+    assert "nothing to do: ci has" in ask(host, "resize", "ci", str(size)).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

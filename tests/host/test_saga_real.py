@@ -125,6 +125,10 @@ class Host:
             self._bench.sizes()
             found = next((each for each in report.resizes if each.id == wanted), None)
             if found is not None and found.state in ENDED:
+                if found.state == pb.RESIZE_DONE:  # who asks next must not be told what was
+                    guest = report.guests[0]
+                    told = guest.logical_bytes, guest.filesystem_bytes
+                    assert told == (found.image_bytes, found.filesystem_bytes), report
                 return found
             assert time.monotonic() < ends, found
         raise AssertionError(wanted)
