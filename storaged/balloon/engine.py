@@ -10,7 +10,7 @@ import contextlib
 import errno
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from storaged.balloon import target
@@ -37,6 +37,10 @@ MOST_TRIMS = 4
 """Per call: a guest that never stops deleting must not hold us for ever."""
 
 
+Allowed = Callable[[Space], int]
+"""Bytes that applications may still write, at the moment at which the space was looked at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What one call did: bytes the balloon holds, and the space that leaves."""
@@ -46,7 +50,7 @@ class Held:
     inflated: int
     deflated: int
     again: bool = False
-    """It is within the slack, but the kernel still holds a chunk that it will give back: hold again soon."""
+    """It is within the slack, but the kernel may hold a chunk that it will give back: hold again soon."""
 
 
 class BalloonEngine:
@@ -121,15 +125,18 @@ class BalloonEngine:
             may_give = fresh or self._spent_then is not None
             if not fresh:
                 self._fs.sync()  # until then what was freed counts as spent
-            spent = self._spent(self._fs.space())
             if fresh:
-                self._spent_then, self._said = spent, limit
-            elif self._spent_then is not None:
-                limit = _left_of(limit, spent - self._spent_then)
-            held = self._settle(limit, may_give=may_give)
+                self._spent_then, self._said = self._spent(self._fs.space()), limit
+            held = self._settle(lambda space: self._allowed(limit, space, fresh=fresh), may_give=may_give)
             if fresh:
                 self._spent_then = self._spent(held.space)
             return held
+
+    def _allowed(self, limit: int, space: Space, *, fresh: bool) -> int:
+        """What applications may still write at the moment of `space`: they may have gone on while we work."""
+        if fresh or self._spent_then is None:
+            return limit
+        return _left_of(limit, self._spent(space) - self._spent_then)
 
     def _spent(self, space: Space) -> int:
         """Bytes that are not the balloon's, of data and of metadata."""
@@ -289,23 +296,23 @@ class BalloonEngine:
         self.deflated_total += held
         return Held(0, self._fs.space(), 0, held)
 
-    def _settle(self, limit: int, *, may_give: bool) -> Held:
+    def _settle(self, allowed: Allowed, *, may_give: bool) -> Held:
         before = (self.inflated_total, self.deflated_total)
         self._left_out = 0
         space = self._fs.space()
-        if target.next_move(space, self._balloon.size(), limit).by > 0:
+        if target.next_move(space, self._balloon.size(), allowed(space)).by > 0:
             self._make_room_for_metadata(space)
         for committed in (False, True, True):
-            self._approach(limit, may_give=may_give and committed)
+            self._approach(allowed, may_give=may_give and committed)
             # Only a commit makes it durable, f_bavail true, and everything count that was deleted a moment ago.
             self._fs.sync()
             space = self._fs.space()
-            by = target.next_move(space, self._balloon.size(), limit).by
+            by = target.next_move(space, self._balloon.size(), allowed(space)).by
             if by == 0 or (by > 0 and _moves_chunks(space)) or (by < 0 and not may_give):
                 break
-        return self._checked(limit, self.inflated_total - before[0], self.deflated_total - before[1])
+        return self._checked(allowed, self.inflated_total - before[0], self.deflated_total - before[1])
 
-    def _approach(self, limit: int, *, may_give: bool) -> None:
+    def _approach(self, allowed: Allowed, *, may_give: bool) -> None:
         """Move until nothing is left to do by the kernel's present account.
 
         Before a commit nothing is given: what was just deleted still counts as used, so it would be too much.
@@ -316,7 +323,7 @@ class BalloonEngine:
             raise FilesystemError("the filesystem is read-only", errno.EROFS, Kind.PRECONDITION)
         most = space.size  # the largest inflation that is still worth trying after an ENOSPC
         for _ in range(MOST_MOVES):
-            held = self._balloon.size()
+            held, limit = self._balloon.size(), allowed(space)
             by = min(target.next_move(space, held, limit).by, most)
             self.target = max(held + goal_gap(space, limit), 0)
             if by > 0 and space.exclusive_operation != "none":
@@ -329,11 +336,16 @@ class BalloonEngine:
             if by > 0 and looked < MOST_TRIMS and self._hand_back_freed(space):
                 looked += 1
             elif by > 0:
+                pieces = self._fitting(by, space, limit)
                 try:
-                    self._balloon.extend(by)
-                    self.inflated_total += by
+                    for piece in pieces:
+                        self._balloon.extend(piece)
+                        self.inflated_total += piece
                 except FilesystemError as error:
                     most = self._after_refusal(error, by, space, limit)
+                else:
+                    if sum(pieces) < by:
+                        return
             else:
                 held = self._balloon.size()
                 self._balloon.shrink(-by)
@@ -341,9 +353,24 @@ class BalloonEngine:
                 self._fs.sync()  # until then the kernel counts it as used
             space = self._fs.space()
 
-    def _checked(self, limit: int, inflated: int, deflated: int) -> Held:
+    def _fitting(self, size: int, space: Space, limit: int) -> list[int]:
+        """What to ask for so that the next metadata chunk keeps its room; less than `size` where that is enough.
+
+        For a piece that fits nowhere whole the kernel makes a new data chunk, though there is room for it in all
+        (find_free_extent, fs/btrfs/extent-tree.c). The promise to the host goes first: what it needs is taken anyway.
+        """
+        if size > space.data_free or space.mixed or not target.metadata_claim(space):
+            return [size]
+        self._fs.sync()  # until then the kernel tells of room that is taken
+        rooms = [room for chunk in self._fs.layout().chunks for room in chunk.rooms]
+        pieces, left = target.pieces(size, rooms)
+        must = space.available - (size - left) > target.ceiling(space, limit)
+        return [*pieces, left] if left and must else pieces
+
+    def _checked(self, allowed: Allowed, inflated: int, deflated: int) -> Held:
         """What was done, once it is seen to be enough."""
         space = self._fs.space()
+        limit = allowed(space)
         if space.available > target.ceiling(space, limit):
             raise FilesystemError(
                 f"applications can still write {space.available} bytes, {limit} are allowed;"
@@ -353,9 +380,9 @@ class BalloonEngine:
         held = self._balloon.size()
         if deflated and target.relief_due(space, held + deflated):
             self._hand_back_chunks()
-        # A balance hides the chunk that it empties, the cleaner one that it deletes; both come back to everybody.
+        # A balance hides the chunk that it empties, the cleaner one that it deletes, and it begins after our commit.
         again = _moves_chunks(space) and target.next_move(space, held, limit).by > 0
-        again = again or (bool(held) and bool(space.metadata_readonly))
+        again = again or (bool(held) and (inflated > target.TOLERANCE or target.losing_a_chunk(space)))
         return Held(held, space, inflated, deflated, again)
 
     def _wait_while_busy(self) -> Space:

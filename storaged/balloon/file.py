@@ -20,9 +20,9 @@ import stat
 import btrfsutil
 
 from storaged.btrfs import ioctl, search
-from storaged.btrfs.filesystem import kernel
+from storaged.btrfs.filesystem import CHUNK_STEP, kernel
 from storaged.errors import FilesystemError, Kind
-from storaged.units import GIB, MIB, sector_floor
+from storaged.units import GIB, sector_floor
 
 SUBVOLUME = ".storaged-balloon"
 MOST_SEGMENTS = 1024
@@ -33,8 +33,9 @@ _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def segment_size(filesystem_size: int) -> int:
-    """Bytes a segment holds at most: about a data chunk, and no more than 1024 segments in all."""
-    return sector_floor(max(min(GIB, filesystem_size // 10), filesystem_size // MOST_SEGMENTS, MIB))
+    """Bytes a segment holds at most: a data chunk, and no more than 2048 segments in all, half of that as a rule."""
+    chunk = min(-(-(filesystem_size // 10) // CHUNK_STEP) * CHUNK_STEP, GIB)
+    return sector_floor(max(chunk, filesystem_size // MOST_SEGMENTS))
 
 
 class BtrfsBalloonFile:
@@ -173,7 +174,8 @@ class BtrfsBalloonFile:
         try:
             with kernel(f"taking {size} bytes for the balloon"):
                 while size > 0:
-                    if not name or end >= most:
+                    # In one piece where it can be: two of them may lie in two places, where only one was meant.
+                    if not name or end >= most or (size <= most and end + size > most):
                         name, end = f"{int(name or 0) + 1:08}", 0
                     part = min(size, most - end)
                     # Before the call: a refused one may still have made the file.

@@ -12,10 +12,11 @@ balloon file takes data room until that sum is the host's limit. Two facts of bt
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from storaged.core.model import Space
-from storaged.units import MIB, SECTOR
+from storaged.units import KIB, MIB, SECTOR
 
 TOLERANCE = MIB
 """Differences below this are not worth a commit; hosts report in steps of 100 MiB."""
@@ -23,6 +24,9 @@ CRAMPED_MOST = 8 * MIB
 """Metadata up to this is moved to a larger chunk within milliseconds, for twice as much written."""
 LEAST_ROOM = 4 * MIB
 """Data room the kernel's own accounting may hide (superblock stripes, rounding)."""
+MOST_SUPERBLOCKS = 3 * 64 * KIB
+WORTH_A_PIECE, MOST_PIECES = MIB, 64
+"""Room that is taken piece by piece: the smallest of them, in bytes, and how many in one move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +115,35 @@ def next_move(space: Space, held: int, limit: int) -> Move:
     return Move(_sectors(min(missing, chunk)))
 
 
+def pieces(size: int, rooms: Iterable[int]) -> tuple[list[int], int]:
+    """What to ask for, one after the other, to fill `size` bytes of pieces of free room, and what that leaves.
+
+    Each is the largest that is left, or all that is still wanted: it fits nowhere but where it is meant to be, or
+    there for certain.
+    """
+    ordered = sorted(room for room in rooms if room >= WORTH_A_PIECE)
+    asked: list[int] = []
+    while ordered and size >= SECTOR and len(asked) < MOST_PIECES:
+        asked.append(_sectors(min(ordered.pop(), size)))
+        size -= asked[-1]
+    return asked, size
+
+
 def relief_due(space: Space, held: int) -> bool:
     """True when metadata is about to run out while the balloon holds room it could have."""
     if not held or space.mixed:
         return False
     reach = space.metadata_headroom + space.unallocated // space.metadata_copies
     return reach < least_headroom(space)
+
+
+def losing_a_chunk(space: Space) -> bool:
+    """True while the kernel takes an empty metadata chunk away: its room is read-only until everybody can have it.
+
+    What superblock copies cover counts as read-only for ever, three stripes of 64 KiB at most (exclude_super_stripes,
+    fs/btrfs/block-group.c).
+    """
+    return space.metadata_readonly > MOST_SUPERBLOCKS
 
 
 def tight(space: Space, headroom: int | None = None) -> bool:

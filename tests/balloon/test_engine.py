@@ -74,6 +74,23 @@ def test_what_was_written_since_the_host_spoke_is_not_given_again(guest: Guest) 
     assert guest.available == pytest.approx(2 * GIB, abs=target.TOLERANCE), "the host has spoken again"
 
 
+def test_what_is_written_while_it_works_is_not_given_again(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest.engine.hold(2 * GIB)
+    sync, written = guest.filesystem.sync, 0
+
+    def busy() -> None:
+        nonlocal written
+        guest.disk.write(100 * MIB)
+        written += 100 * MIB
+        sync()
+
+    monkeypatch.setattr(guest.filesystem, "sync", busy)
+    for _ in range(3):
+        assert guest.engine.hold(2 * GIB, fresh=False).deflated <= target.TOLERANCE
+    assert written
+    assert guest.available + written == pytest.approx(2 * GIB, abs=target.TOLERANCE)
+
+
 def test_a_promise_that_could_not_be_kept_is_owed(guest: Guest) -> None:
     guest.engine.hold(GIB)
     guest.disk.faults.fail("shrink", FilesystemError("no", errno.EIO))
@@ -161,9 +178,16 @@ def test_what_a_balance_hides_is_looked_at_again(guest: Guest) -> None:
         guest.engine.hold(limit - GIB)
     assert not guest.engine.hold(limit).again, "it gives nothing back by itself"
     guest.disk.exclusive_operation = "none"
+    assert guest.engine.hold(limit).inflated > 0
     held = guest.engine.hold(limit)
-    assert not held.again
-    assert held.inflated > 0
+    assert (held.again, held.inflated) == (False, 0)
+
+
+def test_after_an_inflation_it_looks_once_more(guest: Guest) -> None:
+    # What our commit lets the kernel delete is gone, and free, only after it.
+    assert guest.engine.hold(2 * GIB).again
+    assert not guest.engine.hold(2 * GIB, fresh=False).again
+    assert not guest.engine.hold(3 * GIB).again
 
 
 def test_freed_blocks_are_handed_back_before_the_balloon_takes_their_place(guest: Guest) -> None:

@@ -156,6 +156,27 @@ def test_the_allowance_is_never_above_upstreams(free: int, more: int) -> None:
     assert target.allowance(free, GIB) == max(free - GIB, 0)
 
 
+@given(size=st.integers(SECTOR, 8 * GIB), rooms=st.lists(st.integers(1, GIB), max_size=100))
+def test_every_piece_fits_where_it_is_meant_to_lie(size: int, rooms: list[int]) -> None:
+    asked, left = target.pieces(size, rooms)
+    assert sum(asked) + left == size
+    free = list(rooms)
+    for piece in asked:
+        assert piece % SECTOR == 0
+        # Whatever place of those that are long enough the kernel takes, the rest still fits.
+        place = max(free)
+        assert 0 < piece <= place
+        free.remove(place)
+    if left >= SECTOR and len(asked) < target.MOST_PIECES:
+        assert all(room < target.WORTH_A_PIECE for room in free), "nothing worth it is left"
+
+
+def test_a_chunk_that_goes_is_not_a_copy_of_the_superblock() -> None:
+    assert not target.losing_a_chunk(FRESH)
+    assert not target.losing_a_chunk(replace(FRESH, metadata_readonly=64 << 10))
+    assert target.losing_a_chunk(replace(FRESH, metadata_readonly=8 * MIB))
+
+
 @given(found=spaces())
 def test_headrooms_are_ordered(found: tuple[Space, int]) -> None:
     space, _ = found

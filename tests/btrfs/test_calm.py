@@ -10,12 +10,13 @@ import time
 import pytest
 
 from lab.loop import Guest, fill
+from storaged.balloon import target
 from storaged.balloon.engine import BalloonEngine
 from storaged.balloon.file import BtrfsBalloonFile
 from storaged.btrfs.filesystem import BtrfsFilesystem
 from storaged.errors import FilesystemError
 from storaged.rpc.proto import vm_guest_pb2
-from storaged.units import GIB, MIB
+from storaged.units import GIB, MIB, SECTOR
 from tests.btrfs import support
 from tests.btrfs.conftest import MakeDaemon, MakeGuest
 from tests.btrfs.support import Figures, Sampler, available, held, report_for, writing
@@ -144,6 +145,19 @@ def test_a_short_balance_is_waited_for(make_guest: MakeGuest) -> None:
     assert balances
 
 
+def test_it_comes_to_rest(make_guest: MakeGuest) -> None:
+    guest = make_guest(2 * GIB)
+    filesystem, balloon = BtrfsFilesystem(str(guest.mountpoint)), BtrfsBalloonFile(str(guest.mountpoint))
+    try:
+        assert filesystem.space().metadata_readonly, "a copy of the superblock lies in a metadata chunk"
+        engine = BalloonEngine(filesystem, balloon)
+        engine.hold(300 * MIB)
+        support.until(lambda: not engine.hold(300 * MIB, fresh=False).again, within_s=5)
+    finally:
+        balloon.close()
+        filesystem.close()
+
+
 def test_a_new_segment_is_seen_at_once(make_guest: MakeGuest) -> None:
     guest = make_guest(4 * GIB)
     balloon = BtrfsBalloonFile(str(guest.mountpoint))
@@ -153,6 +167,33 @@ def test_a_new_segment_is_seen_at_once(make_guest: MakeGuest) -> None:
             assert abs(balloon.size() - size) <= MIB
     finally:
         balloon.close()
+
+
+def test_pieces_that_fit_make_no_chunk(make_guest: MakeGuest) -> None:
+    guest = make_guest(2 * GIB)
+    filesystem, balloon = BtrfsFilesystem(str(guest.mountpoint)), BtrfsBalloonFile(str(guest.mountpoint))
+    try:
+        balloon.extend(600 * MIB)  # its extents, and what lies between them: pieces of all sizes
+        sizes = [23, 5, 60, 31, 2, 47, 90, 11, 70, 38, 8, 55]
+        for index, size in enumerate(sizes):
+            fill(guest.mountpoint / f"{index}", size * MIB)
+        support.sync(guest)
+        for index in range(0, len(sizes), 2):
+            (guest.mountpoint / f"{index}").unlink()
+        support.sync(guest)
+        before = filesystem.space()
+        rooms = [room for chunk in filesystem.layout().chunks for room in chunk.rooms]
+        pieces, left = target.pieces(before.data_free // SECTOR * SECTOR, rooms)
+        assert len(pieces) >= 4, rooms
+        for piece in pieces:
+            balloon.extend(piece)
+        support.sync(guest)
+        after = filesystem.space()
+        assert after.data_free == left
+        assert after.data_total == before.data_total
+    finally:
+        balloon.close()
+        filesystem.close()
 
 
 def test_every_thread_sees_the_same_balloon(make_guest: MakeGuest) -> None:
