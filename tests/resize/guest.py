@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hypothesis import strategies as st
+
 from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
 from storaged.resize.bounds import compute
@@ -10,6 +12,9 @@ from storaged.resize.runner import ResizeRunner
 from storaged.resize.work import Tell
 from storaged.sim import SimDisk, make_world
 from storaged.units import GIB
+
+Turns = list[tuple[str, int]]
+TURNS = st.lists(st.tuples(st.sampled_from(["write", "delete", "hold"]), st.integers(0, 8 * GIB)), max_size=10)
 
 
 class Guest:
@@ -44,3 +49,14 @@ class Guest:
     def minimum(self) -> int:
         """The bound that hosts are told."""
         return compute(self.engine.layout(), self.engine.longest()).minimum
+
+
+def aged(size: int, turns: Turns) -> Guest:
+    """A filesystem that has lived through `turns`."""
+    guest = Guest(size)
+    for what, amount in turns:
+        if what == "hold":
+            guest.engine.hold(amount)
+        else:
+            getattr(guest.disk, what)(amount)
+    return guest
