@@ -120,7 +120,7 @@ class Storage(storaged_v1_pb2_grpc.StorageServicer):
 
     def _balloon(self, snapshot: Snapshot) -> pb.Balloon:
         balloon = snapshot.state.balloon
-        retry = balloon.retry_at
+        retry = balloon.retry_at if balloon.failures else None  # else it only looks once more
         return pb.Balloon(
             state=_BALLOON[balloon.state],
             size_bytes=balloon.size,
