@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from storaged.balloon import target
 from storaged.core.model import Space
@@ -122,21 +123,22 @@ class BalloonEngine:
         with self.lock:
             if limit is None:
                 return self._release()
-            may_give = fresh or self._spent_then is not None
             if not fresh:
                 self._fs.sync()  # until then what was freed counts as spent
-            if fresh:
-                self._spent_then, self._said = self._spent(self._fs.space()), limit
-            held = self._settle(lambda space: self._allowed(limit, space, fresh=fresh), may_give=may_give)
-            if fresh:
-                self._spent_then = self._spent(held.space)
+                return self._settle(partial(self._left_of, limit), may_give=self._spent_then is not None)
+            self._spent_then, self._said = self._spent(self._fs.space()), limit
+            held = self._settle(lambda _: limit, may_give=True)
+            self._spent_then = self._spent(held.space)
             return held
 
-    def _allowed(self, limit: int, space: Space, *, fresh: bool) -> int:
-        """What applications may still write at the moment of `space`: they may have gone on while we work."""
-        if fresh or self._spent_then is None:
+    def _left_of(self, limit: int, space: Space) -> int:
+        """What of `limit` applications may still write at the moment of `space`; all where nobody knows.
+
+        They may go on while we work. It is never more than `limit`, also when they have deleted.
+        """
+        if self._spent_then is None:
             return limit
-        return _left_of(limit, self._spent(space) - self._spent_then)
+        return min(max(limit - (self._spent(space) - self._spent_then), 0), limit)
 
     def _spent(self, space: Space) -> int:
         """Bytes that are not the balloon's, of data and of metadata."""
@@ -265,7 +267,7 @@ class BalloonEngine:
         if self._spent_then is None or not self._balloon.size():
             return 0  # nobody has said anything yet, or there is nothing to give
         space = self._fs.space()
-        return -goal_gap(space, _left_of(self._said, self._spent(space) - self._spent_then))
+        return -goal_gap(space, self._left_of(self._said, space))
 
     def vacate(self, chunks: Iterable[Chunk]) -> int:
         """Let the balloon go out of `chunks`, for a resize that is about to cut them away; bytes given back."""
@@ -434,11 +436,6 @@ class BalloonEngine:
 def _moves_chunks(space: Space) -> bool:
     """True while an exclusive operation is at work."""
     return space.exclusive_operation != "none" and "paused" not in space.exclusive_operation
-
-
-def _left_of(limit: int, spent: int) -> int:
-    """What of `limit` applications may still write after `spent` bytes; never more, also when they have deleted."""
-    return min(max(limit - spent, 0), limit)
 
 
 def goal_gap(space: Space, limit: int) -> int:

@@ -20,9 +20,10 @@ import stat
 import btrfsutil
 
 from storaged.btrfs import ioctl, search
-from storaged.btrfs.filesystem import CHUNK_STEP, kernel
+from storaged.btrfs.filesystem import kernel
 from storaged.errors import FilesystemError, Kind
-from storaged.units import GIB, sector_floor
+from storaged.resize.fit import data_chunk
+from storaged.units import sector_floor
 
 SUBVOLUME = ".storaged-balloon"
 MOST_SEGMENTS = 1024
@@ -34,8 +35,7 @@ _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def segment_size(filesystem_size: int) -> int:
     """Bytes a segment holds at most: a data chunk, and no more than 2048 segments in all, half of that as a rule."""
-    chunk = min(-(-(filesystem_size // 10) // CHUNK_STEP) * CHUNK_STEP, GIB)
-    return sector_floor(max(chunk, filesystem_size // MOST_SEGMENTS))
+    return sector_floor(max(data_chunk(filesystem_size), filesystem_size // MOST_SEGMENTS))
 
 
 class BtrfsBalloonFile:
