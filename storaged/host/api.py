@@ -160,11 +160,18 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
 
     def _guests(self, controllers: Sequence[Controller]) -> list[pb.Guest]:
         now = time.monotonic()
-        found = [
-            encode.guest(member, controller, now, self._logical.get(member.config.image), self._looked)
-            for controller in controllers
-            for member in controller.members.values()
-        ]
+        found = []
+        for controller in controllers:
+            ended = controller.ended_resizes
+            for name, member in controller.members.items():
+                guest = encode.guest(member, controller, now, self._logical.get(member.config.image))
+                if name in ended:
+                    saga, at = ended[name]
+                    reported = member.client.reported_at if member.client is not None else None
+                    encode.resized(
+                        guest, saga, newer_than_look=self._looked < at, newer_than_report=(reported or 0.0) < at
+                    )
+                found.append(guest)
         return sorted(found, key=lambda guest: guest.name)
 
     async def _ask(self) -> None:

@@ -108,9 +108,10 @@ class Controller:
         """Running ones, then the last that ended, newest first."""
         return self._resizes.snapshot
 
-    def last_resize(self, name: str) -> tuple[Saga, float] | None:
-        """The guest's resize that ended last in this process, and when, monotonic seconds."""
-        return self._resizes.last(name)
+    @property
+    def ended_resizes(self) -> dict[str, tuple[Saga, float]]:
+        """By guest: its resize that ended last in this process, and when, monotonic seconds."""
+        return self._resizes.ended
 
     async def resize(self, name: str, size: int) -> Saga:
         """Begin to bring a guest's image and filesystem to `size`; it survives a crash. Raises StoragedError."""

@@ -88,8 +88,8 @@ def pool(controller: Controller, total: int | None, points: Sequence[Point]) -> 
     return answer
 
 
-def guest(member: Member, controller: Controller, now: float, logical: int | None, looked: float) -> pb.Guest:
-    """A guest, with what it last reported; `logical`: its image's length, as seen at `looked`, monotonic seconds."""
+def guest(member: Member, controller: Controller, now: float, logical: int | None) -> pb.Guest:
+    """A guest, with what it last reported; `logical`: its image's length, as seen lately."""
     config, believed = member.config, controller.state.guests.get(member.config.name)
     away = "" if member.client is not None else member.unmet or "it does not run"
     answer = pb.Guest(
@@ -113,16 +113,14 @@ def guest(member: Member, controller: Controller, now: float, logical: int | Non
             answer.grant_bytes = believed.lease.granted
     if member.client is not None:
         _reported(answer, member.client, now)
-    if (last := controller.last_resize(config.name)) is not None:
-        _resized(answer, *last, looked, member.client.reported_at if member.client is not None else None)
     return answer
 
 
-def _resized(answer: pb.Guest, saga: Saga, ended: float, looked: float, reported: float | None) -> None:
+def resized(answer: pb.Guest, saga: Saga, *, newer_than_look: bool, newer_than_report: bool) -> None:
     """What a resize found at its end, where it is newer than what was seen or reported."""
-    if saga.image is not None and looked < ended:
+    if saga.image is not None and newer_than_look:
         answer.logical_bytes = saga.image
-    if answer.HasField("filesystem_bytes") and saga.filesystem is not None and (reported or 0.0) < ended:
+    if answer.HasField("filesystem_bytes") and saga.filesystem is not None and newer_than_report:
         answer.filesystem_bytes = saga.filesystem
         for bound in ("minimum_bytes", "guaranteed_bytes", "minimum_reason"):
             answer.ClearField(bound)

@@ -82,10 +82,11 @@ class Resizes:
         found = [job.saga for job in self._jobs.values()]
         return tuple(sorted(found, key=lambda saga: (not saga.active, -(saga.ended or saga.started))))
 
-    def last(self, guest: str) -> tuple[Saga, float] | None:
-        """The guest's resize that ended last in this process, and when, monotonic seconds."""
-        ended = [(job.saga, job.ended) for job in self._jobs.values() if job.saga.guest == guest and job.ended]
-        return max(ended, key=lambda each: each[1], default=None)
+    @property
+    def ended(self) -> dict[str, tuple[Saga, float]]:
+        """By guest: its resize that ended last in this process, and when, monotonic seconds."""
+        ended = [(job.saga, job.ended) for job in self._jobs.values() if job.ended is not None]
+        return {saga.guest: (saga, at) for saga, at in sorted(ended, key=lambda each: each[1])}
 
     def load(self) -> None:
         """Read what was written down. Raises StoragedError: what is not known must not be written over."""

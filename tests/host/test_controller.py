@@ -253,7 +253,7 @@ async def test_a_guest_that_cannot_be_called_counts_all_the_same(
             await asyncio.sleep(2.2)  # two more tries
             assert bench.bound("a")
             assert not bench.bound("b")
-            told = encode.guest(controller.members["b"], controller, 0.0, None, 0.0)
+            told = encode.guest(controller.members["b"], controller, 0.0, None)
             assert not told.resizable
             assert "ca.pem: No such file" in told.not_resizable_reason
             authority.touch()
