@@ -32,6 +32,7 @@ from storaged.resize.bounds import Bounds, compute
 from storaged.resize.job import Job
 from storaged.resize.layout import FIRST_USABLE, KERNEL_MINIMUM, Layout
 from storaged.resize.runner import ResizeRunner
+from storaged.sim import SimDisk, SimPreallocated
 from storaged.units import GIB, MIB
 
 BRUTE_FORCE_UP_TO = GIB
@@ -102,7 +103,7 @@ def judge(plan: Recipe, directory: Path, *, brute_force: bool = True) -> Verdict
     before = fingerprints(guest.mountpoint)
     filesystem = BtrfsFilesystem(str(guest.mountpoint))
     balloon = BtrfsBalloonFile(str(guest.mountpoint))
-    engine = BalloonEngine(filesystem, balloon)
+    engine = BalloonEngine(filesystem, balloon, SimPreallocated(SimDisk()))
     resizer = ChildResizer(filesystem)
     faults: list[str] = []
     room: Room | None = None

@@ -260,8 +260,15 @@ class StorageService(Writer):
         self._publish()
         return bounds
 
-    async def bounds_lately(self) -> None:
-        """Know the bounds; as they were read last when the filesystem's accounting has not moved since."""
+    async def bounds_lately(self, patience_s: float) -> None:
+        """Know the bounds, if the disk answers within `patience_s`: one that is frozen must not hold up a report."""
+        if self._lately is None or self._lately.done():
+            self._lately = asyncio.ensure_future(self._refresh_bounds())
+            self._lately.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait([self._lately], timeout=patience_s)
+
+    async def _refresh_bounds(self) -> None:
+        """As they were read last when the filesystem's accounting has not moved since."""
         space = await asyncio.wait_for(self._in("read", self._world.filesystem.space), READ_WITHIN_S)
         if self._bounds is None or space != self._bounds_for:
             await self.bounds()

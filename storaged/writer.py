@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 from storaged.balloon.engine import BalloonEngine
-from storaged.balloon.target import calm, comfortable_headroom, tight
+from storaged.balloon.grant import Grant
+from storaged.balloon.target import calm, tight
 from storaged.core import events as ev
 from storaged.core import machine
 from storaged.core.model import Config, DirtyLimits, Space
@@ -28,13 +29,14 @@ from storaged.errors import FilesystemError, StoragedError
 from storaged.resize.bounds import Bounds
 from storaged.resize.job import Job
 from storaged.resize.runner import ResizeRunner
+from storaged.units import format_size
 
 log = logging.getLogger(__name__)
 
 ANSWER_WITHIN_S = 15.0
 """A host gives 20 s: an answer must go out in time whatever the disk does."""
 MOST_NOTES = 64
-_RECLAIM = True
+_KEEP_CHUNKS = False
 _THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "bounds", "state")
 """What may wait for what: the journal and the limits never wait for a trim, nor a read for either, nor that for
 bounds, which wait for a balloon or a shrink at work."""
@@ -50,6 +52,9 @@ class Snapshot:
     bounds: Bounds | None
     notes: tuple[str, ...]
     balloon_target: int
+    grant: Grant | None
+    reach: int
+    """Bytes that the guest can still make the host's disk grow by."""
     inflated_total: int
     deflated_total: int
     moved_total: int
@@ -71,7 +76,7 @@ class Writer:
     def __init__(self, world: World, config: Config | None = None) -> None:
         self._world = world
         self._state = State(config or Config())
-        self._engine = BalloonEngine(world.filesystem, world.balloon)
+        self._engine = BalloonEngine(world.filesystem, world.balloon, world.preallocated)
         self._runner = ResizeRunner(world.filesystem, world.resizer, self._engine, world.clock, poll_s=world.poll_s)
         self._queue: asyncio.Queue[tuple[ev.Event, asyncio.Future[Any] | None]] = asyncio.Queue()
         self._waiting = _Waiting()
@@ -88,9 +93,12 @@ class Writer:
         self._trimming = False
         self._closing = self._stopped = False
         self._halted = ""
+        self._unsaved = ""
+        """Why the journal could not be written the last time; empty when it was."""
         self._moved_total = 0
         self._bounds: Bounds | None = None
         self._bounds_for: Space | None = None
+        self._lately: asyncio.Future[None] | None = None
         self._snapshot: Snapshot | None = None
 
     @property
@@ -143,6 +151,8 @@ class Writer:
         if isinstance(event, ev.HostReported) and waiter is not None:
             self._waiting.reports.append(waiter)
         self._publish()  # first: whoever is answered by an effect must already see what the answer says
+        if self._unsaved and isinstance(event, ev.HostReported | ev.BalloonSampled) and ev.Save() not in effects:
+            effects = (*effects, ev.Save())
         for effect in effects:
             try:
                 await self._perform(effect, waiter)
@@ -172,8 +182,8 @@ class Writer:
         match effect:
             case ev.HoldAvailable(limit, fresh):
                 self._hold(limit, fresh)
-            case ev.GuardMetadata(spent):
-                self._look_at_metadata(spent)
+            case ev.Sample(adjust):
+                self._sample(adjust)
             case ev.Trim():
                 if not self._trimming:
                     self._trimming = True
@@ -193,13 +203,13 @@ class Writer:
             case ev.Sync():
                 self._spawn(self._in("upkeep", world.filesystem.sync))
             case ev.Save():
-                await self._in("state", world.journal.save, to_record(self._state))
+                await self._save()
             case ev.Note(text, warning):
                 self._note(text, warning=warning)
             case ev.AnswerReport(reason):
                 for waiting in self._waiting.reports:
                     if not waiting.done():
-                        waiting.set_result(reason)
+                        waiting.set_result(reason or self._unsaved)
                 self._waiting.reports.clear()
             case ev.IgnoreReport():
                 if waiter is not None:
@@ -231,7 +241,8 @@ class Writer:
             try:
                 held = await self._in("balloon", partial(self._engine.hold, limit, fresh=fresh))
                 self._publish(held.space)
-                event = ev.BalloonSettled(limit, held.size, clock.monotonic(), tight(held.space), held.again)
+                now = clock.monotonic()
+                event = ev.BalloonSettled(limit, held.size, now, tight(held.space), held.again, held.warning)
             except Exception as error:  # noqa: BLE001  # whatever it is, the balloon is tried again
                 event = ev.BalloonFailed(limit, await self._balloon_size(), str(error), clock.monotonic())
             self._post(event)
@@ -246,30 +257,58 @@ class Writer:
         except (StoragedError, OSError):
             return self._state.balloon.size
 
-    def _look_at_metadata(self, spent: int) -> None:
-        """A glance that costs next to nothing; the balloon's thread is asked only when there is something to do."""
-        space = self.snapshot.space
-        headroom = self._world.filesystem.metadata_headroom()
-        if headroom < comfortable_headroom(space) and not space.mixed:
-            self._spawn(self._guard(spent))
+    def _sample(self, adjust: bool) -> None:
+        """Costs little; the balloon's thread is asked only when there is something to do."""
+        world = self._world
+        space = world.filesystem.space()
+        warning = self._warn_of_a_balance(space)
+        if self._engine.must_act(space):
+            self._spawn(self._sample_and_act(adjust))
             return
-        now, size = self._world.clock.monotonic(), self._state.balloon.size
-        self._post(ev.BalloonGuarded(size, 0, now, tight(space, headroom), calm(space, headroom)))
+        now, size = world.clock.monotonic(), self._state.balloon.size
+        rests = calm(space, space.metadata_headroom)
+        self._post(ev.BalloonSampled(size, 0, now, tight(space), rests, warning))
 
-    async def _guard(self, spent: int) -> None:
-        given, tight = 0, False
+    def _warn_of_a_balance(self, space: Space) -> str:
+        """Of one that somebody else has started while the balloon is held: what it relocates is written."""
+        held = self._state.balloon.size
+        if not held or self._state.active_job is not None or not space.exclusive_operation.startswith("balance"):
+            return ""
+        return (
+            "a balance that storaged did not start is running: it writes the balloon's extents in every chunk that it"
+            f" relocates, so the host's image can grow by up to {format_size(held)}"
+        )
+
+    async def _sample_and_act(self, adjust: bool) -> None:
+        clock = self._world.clock
         try:
-            given, tight = await self._in("balloon", self._engine.guard, self._state.config.reserve, spent)
-        except Exception as error:  # noqa: BLE001  # whatever it is, metadata is looked at again
-            self._note(f"could not look after metadata: {error}", warning=True)
-        size = await self._balloon_size()
-        self._post(ev.BalloonGuarded(size, given, self._world.clock.monotonic(), tight))
+            done = await self._in("balloon", partial(self._engine.sample, self._state.config.reserve, adjust=adjust))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the space is sampled again
+            self._post(ev.BalloonSampled(await self._balloon_size(), 0, clock.monotonic(), warning=str(error)))
+        else:
+            self._publish(done.space)
+            self._post(ev.BalloonSampled(done.size, done.relief, clock.monotonic(), done.tight, warning=done.warning))
+
+    async def _save(self) -> None:
+        """Write the journal. While that fails no report is answered with SUCCESS: a crash would forget it."""
+        try:
+            await self._in("state", self._world.journal.save, to_record(self._state))
+        except (StoragedError, OSError) as error:
+            reason = f"the limit is held, but could not be saved: {error}"
+            if reason != self._unsaved:
+                self._note(f"the journal could not be saved: {error}", warning=True)
+            self._unsaved = reason
+        else:
+            if self._unsaved:
+                self._note("the journal is saved again")
+            self._unsaved = ""
 
     async def _trim_in_background(self) -> None:
         try:
             if not await self._in("read", self._world.filesystem.discard_supported):
                 return  # said once, at the start
-            event = ev.Trimmed(await self._in("upkeep", self._do_trim, _RECLAIM))
+            # Empty chunks stay: a balance would relocate what is preallocated in them meanwhile, which writes it.
+            event = ev.Trimmed(await self._in("upkeep", self._do_trim, _KEEP_CHUNKS))
             self._publish(await self._in("read", self._world.filesystem.space))
         except (StoragedError, OSError) as error:
             event = ev.Trimmed(0, str(error))
@@ -281,11 +320,11 @@ class Writer:
         fs = self._world.filesystem
         if reclaim and self._state.active_job is None:
             try:
-                fs.reclaim_empty_chunks()
+                self._engine.reclaim()
             except FilesystemError as error:
                 log.info("empty chunks stay: %s", error)  # busy, or no room to work in; trimming still helps
         fs.sync()  # what was deleted since the last commit is not free yet
-        return fs.trim()
+        return fs.trim(self._engine.lock)
 
     def _settle_after_job(self) -> None:
         """From the resize thread: the balloon is right again, and known to be, before the job is said to be over."""
@@ -294,7 +333,7 @@ class Writer:
             if limit is not None or self._engine.size():
                 held = self._engine.hold(limit, fresh=False)
                 now = self._world.clock.monotonic()
-                self._tell(ev.BalloonSettled(limit, held.size, now, tight(held.space), held.again))
+                self._tell(ev.BalloonSettled(limit, held.size, now, tight(held.space), held.again, held.warning))
         except (StoragedError, OSError) as error:
             log.info("the balloon comes back later: %s", error)  # the job's end makes the core try again
 
@@ -352,6 +391,8 @@ class Writer:
             bounds=self._bounds,
             notes=tuple(self._notes),
             balloon_target=self._engine.target,
+            grant=self._engine.grant,
+            reach=self._engine.reach(space),
             inflated_total=self._engine.inflated_total,
             deflated_total=self._engine.deflated_total,
             moved_total=self._moved_total,

@@ -22,6 +22,7 @@ def real_world(stateful: str, state_dir: str) -> World:
     # Imported here: `--sim` and the command line must work where these libraries cannot.
     from storaged.balloon.file import BtrfsBalloonFile
     from storaged.btrfs.filesystem import BtrfsFilesystem
+    from storaged.btrfs.prealloc import PreallocScanner
     from storaged.btrfs.resizer import ChildResizer
     from storaged.btrfs.system import ProcSysctl, SystemClock
     from storaged.resize.journal import FileJournal
@@ -39,6 +40,7 @@ def real_world(stateful: str, state_dir: str) -> World:
         world = World(
             filesystem=filesystem,
             balloon=BtrfsBalloonFile(filesystem.mountpoint),
+            preallocated=PreallocScanner(filesystem.fd),
             resizer=ChildResizer(filesystem),
             sysctl=ProcSysctl(),
             clock=SystemClock(),

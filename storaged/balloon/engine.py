@@ -10,36 +10,36 @@ import contextlib
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+from storaged.balloon import grant as gr
 from storaged.balloon import target
+from storaged.balloon.grant import Grant
+from storaged.balloon.metadata import MetadataCare
 from storaged.core.model import Space
-from storaged.core.ports import BalloonFile, Filesystem
+from storaged.core.ports import BalloonFile, Filesystem, Preallocated
 from storaged.errors import FilesystemError, Kind
-from storaged.resize.fit import LEAST_MARGIN
-from storaged.resize.layout import Chunk, Layout, Longest, holes, with_balloon
+from storaged.resize.layout import Chunk, Layout, Longest
 from storaged.units import MIB, SECTOR, format_size
 
 MOST_MOVES = 64
-"""Moves per call: an idle filesystem needs under ten; a writer that never pauses must not hold us for ever."""
+"""Moves per call: an idle filesystem needs under ten; bounds one call under continuous writes."""
 BUSY_WAIT_S = 2.0
-CLEANER_WAIT_S = 1.0
-ENOUGH_OF_A_CHUNK = 0.5
-"""Where less is left, the kernel makes a smaller chunk."""
 BUSY_POLL_S = 0.02
+LOOK_PATIENCE_S = 0.5
+"""How long a report waits for the count of preallocated extents: milliseconds unless very much has changed."""
 WORTH_A_TRIM = 4 * MIB
 WORTH_A_COMMIT = 4 * MIB
 WORTH_EASING = 8 * MIB
 KEEP_MORE = 16 * MIB
 """Beyond what has yet to move, for what does not fit together exactly."""
 MOST_TRIMS = 4
-"""Per call: a guest that never stops deleting must not hold us for ever."""
-
-
-Allowed = Callable[[Space], int]
-"""Bytes that applications may still write, at the moment at which the space was looked at."""
+"""Trims per call; bounds one call under continuous deletions."""
+PINNED = (
+    "giving back {} of the balloon freed only {}: a snapshot or a copy of its files holds the extents;"
+    " delete it to get the space back"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +51,57 @@ class Held:
     inflated: int
     deflated: int
     again: bool = False
-    """It is within the slack, but the kernel may hold a chunk that it will give back: hold again soon."""
+    """It is within the slack, but more will be known or free soon: hold again."""
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one sample between reports found and did."""
+
+    size: int
+    space: Space
+    relief: int = 0
+    tight: bool = False
+    warning: str = ""
 
 
 class BalloonEngine:
     """Owns the balloon file of one filesystem."""
 
-    def __init__(self, filesystem: Filesystem, balloon: BalloonFile) -> None:
+    def __init__(self, filesystem: Filesystem, balloon: BalloonFile, preallocated: Preallocated) -> None:
         self._fs = filesystem
         self._balloon = balloon
+        self._preallocated = preallocated
+        self._metadata = MetadataCare(filesystem, balloon)
         self.lock = threading.RLock()
-        """Held by whoever moves the balloon; the resize runner holds it during each of its steps."""
+        """Held by whoever moves the balloon or starts a balance; by the resize runner during each of its steps."""
         self.inflated_total = 0
         self.deflated_total = 0
         self.target = 0
+        self._held = 0
+        """Bytes of the balloon as of the last call; for samples, which must be cheap."""
         self._left_out = 0
         """Freed bytes that the last trim of this call left out, because it would have held them back."""
-        self._spent_then: int | None = None
-        """What applications had written when the host last said what they may write; None: nobody knows."""
-        self._said = 0
-        """What the host said then, in bytes."""
+        self._grant: Grant | None = None
+        self._owed = 0
+        """Host bytes that metadata was given beyond the grants, until a report grants as much again."""
+        self._refused = False
+
+    @property
+    def grant(self) -> Grant | None:
+        """The host's last report as it is kept; None before the first, and after a release."""
+        return self._grant
 
     def size(self) -> int:
         """Bytes the balloon holds now."""
         return self._balloon.size()
+
+    def reach(self, space: Space) -> int:
+        """Host bytes that the guest can still take, by any kind of write: data, preallocated extents, metadata."""
+        unwritten = self._grant.unwritten if self._grant is not None else 0
+        metadata = 0 if space.mixed else max(space.metadata_total - space.metadata_used, 0) * space.metadata_copies
+        return space.available * space.data_copies + unwritten + metadata
 
     def prepare(self) -> str:
         """Give a new filesystem's metadata a chunk of the usual size while there is room; says what it did.
@@ -83,105 +110,122 @@ class BalloonEngine:
         reserve: with the balloon over the rest, not even a directory could be made.
         """
         with self.lock:
-            return self._widen_metadata(2.0)
-
-    def _widen_metadata(self, spare: float) -> str:
-        """Where metadata is cramped and `spare` times a new chunk is unallocated; says what it did."""
-        space = self._fs.space()
-        wanted = space.metadata_chunk * space.metadata_copies
-        if not target.cramped(space) or space.unallocated < spare * wanted:
-            return ""
-        layout = self._fs.layout()
-        better = max(space.metadata_total, space.metadata_used + space.global_reserve) + LEAST_MARGIN
-        if max(holes(layout.chunks, layout.size), default=0) < better * space.metadata_copies:
-            return ""  # in pieces: what moves would find smaller chunks than it has, or none
-        self._fs.grow_metadata()
-        total = self._fs.space().metadata_total
-        return f"metadata chunks grown from {format_size(space.metadata_total)} to {format_size(total)}"
-
-    def _make_room_for_metadata(self, space: Space) -> None:
-        """Before the balloon takes the rest: data that came and went may have taken all chunks before `prepare`."""
-        if not target.cramped(space):
-            return
-        wanted = ENOUGH_OF_A_CHUNK * space.metadata_chunk * space.metadata_copies
-        if space.unallocated < wanted and space.data_free >= 2 * space.data_chunk:
-            self._hand_back_chunks()
-            # Where metadata is so full that no balance may run, the kernel's cleaner does it after a commit.
-            until = time.monotonic() + CLEANER_WAIT_S
-            while self._fs.space().unallocated < wanted and time.monotonic() < until:
-                time.sleep(BUSY_POLL_S)
-        with contextlib.suppress(FilesystemError):  # busy, or no room for it: metadata is looked after as it grows
-            self._widen_metadata(ENOUGH_OF_A_CHUNK)
+            self._held = self._balloon.size()
+            return self._metadata.widen(2.0)
 
     def hold(self, limit: int | None, *, fresh: bool = True) -> Held:
-        """Size the balloon so that applications can write `limit` bytes; None gives everything back.
+        """Size the balloon so that no more than `limit` bytes can still reach the host; None gives everything back.
 
         `fresh`: the host has just said so. Otherwise it said so some time ago, and what applications have written
         since counts against it; where nobody knows how much that is, nothing is given back.
         Returns when it is so and committed. Raises FilesystemError with the reason when it cannot be.
         """
         with self.lock:
-            if limit is None:
-                return self._release()
-            if not fresh:
-                self._fs.sync()  # until then what was freed counts as spent
-                return self._settle(partial(self._left_of, limit), may_give=self._spent_then is not None)
-            self._spent_then, self._said = self._spent(self._fs.space()), limit
-            held = self._settle(lambda _: limit, may_give=True)
-            self._spent_then = self._spent(held.space)
-            return held
+            try:
+                if limit is None:
+                    return self._release()
+                if fresh:
+                    self._granted(limit)
+                else:
+                    self._fs.sync()  # until then what was freed counts as spent
+                    self._count_again(limit)
+                return self._settle(fresh=fresh)
+            finally:
+                self._held = self._size_or(self._held)
 
-    def _left_of(self, limit: int, space: Space) -> int:
-        """What of `limit` applications may still write at the moment of `space`; all where nobody knows.
+    def _size_or(self, last: int) -> int:
+        try:
+            return self._balloon.size()
+        except (FilesystemError, OSError):
+            return last
 
-        They may go on while we work. It is never more than `limit`, also when they have deleted.
-        """
-        if self._spent_then is None:
-            return limit
-        return min(max(limit - (self._spent(space) - self._spent_then), 0), limit)
+    def _granted(self, limit: int) -> None:
+        """The host has said `limit`. What is preallocated is counted after what is used: what changes counts twice."""
+        if limit >= self._owed:
+            self._owed = 0
+        self._refused = False
+        space = self._fs.space()
+        spent, written = self._spent(space), self._fs.device_written()
+        unwritten, known = self._unwritten(space, LOOK_PATIENCE_S)
+        self._grant = Grant(limit, spent, unwritten, known, written)
 
-    def _spent(self, space: Space) -> int:
-        """Bytes that are not the balloon's, of data and of metadata."""
-        metadata = (space.metadata_used - space.metadata_readonly) * space.metadata_copies
-        return space.data_used - self._balloon.size() + metadata
+    def _count_again(self, limit: int) -> None:
+        """What is preallocated, where that was not known yet or stands in the way."""
+        grant = self._grant
+        if grant is None or grant.spent is None:  # after a restart it is not known what was spent: nothing is given back
+            unwritten, known = self._unwritten(self._fs.space(), LOOK_PATIENCE_S if grant is None else 0)
+            self._grant = Grant(limit, None, unwritten if known else 0, known)
+        elif not grant.known or grant.overcommitted:
+            space = self._fs.space()
+            spent, written = self._spent(space), self._fs.device_written()
+            unwritten, known = self._unwritten(space, 0)
+            if known:
+                self._grant = gr.counted_again(grant, spent, unwritten, device_written=written)
 
-    def guard(self, reserve: int, spent: int) -> tuple[int, bool]:
-        """Give a chunk to metadata if it is about to run out: empty ones first, then one of the balloon's.
+    def _unwritten(self, space: Space, patience_s: float) -> tuple[int, bool]:
+        """Host bytes of preallocated, unwritten extents and whether that is known; else the most it can be."""
+        seen = self._preallocated.look(self._balloon.root_id, patience_s)
+        most = max(space.data_used - self._balloon.size(), 0)
+        return (seen.size if seen.known else most) * space.data_copies, seen.known
 
-        Returns the bytes that the balloon gave up, and whether to look again soon.
+    def _left(self, space: Space) -> int:
+        """Host bytes of the grant that may still be free at the moment of `space`."""
+        return gr.left(self._grant, self._spent(space)) if self._grant is not None else 0
+
+    def _allowed(self, space: Space) -> int:
+        """The same as bytes of data that applications may write."""
+        return self._left(space) // space.data_copies
+
+    def _spent(self, space: Space, held: int | None = None) -> int:
+        """Host bytes that are not the balloon's, of data and of metadata."""
+        held = self._balloon.size() if held is None else held
+        metadata = 0 if space.mixed else (space.metadata_used - space.metadata_readonly) * space.metadata_copies
+        return (space.data_used - held) * space.data_copies + metadata
+
+    def must_act(self, space: Space) -> bool:
+        """True when more is available than is left of the grant, or metadata runs out; costs no system call."""
+        if target.relief_due(space, self._held) or (self._held and target.cramped(space)):
+            return True
+        if self._grant is None or space.read_only or space.exclusive_operation != "none":
+            return False
+        allowed = gr.left(self._grant, self._spent(space, self._held)) // space.data_copies
+        return target.due_again(space, allowed)
+
+    def sample(self, reserve: int, *, adjust: bool) -> Sampled:
+        """Between reports: give metadata its next chunk if it runs out; take what has become available (`adjust`).
+
+        `reserve` is the host's, in bytes.
         """
         with self.lock:
             space = self._fs.space()
-            if self._balloon.size() and target.cramped(space):
-                with contextlib.suppress(FilesystemError):
-                    self._widen_metadata(ENOUGH_OF_A_CHUNK)
+            relief = self._metadata.relieve(self._left(space), self._owed, reserve)
+            if relief.given:
+                self.deflated_total += relief.given
+                if relief.host > self._left(space):
+                    self._owed += relief.host
+            warning = ""
+            if relief.refused and not self._refused:
+                warning = (
+                    f"metadata is nearly full ({format_size(max(space.metadata_headroom, 0))} left), and what the host"
+                    " grants is used up: files cannot be created until space is freed on the host or in the guest"
+                )
+            self._refused = relief.refused
+            self._held = self._size_or(self._held)
+            space = self._fs.space()
+            if adjust and (relief.given or self.must_act(space)):
+                self._settle(fresh=False, giving=False)
+                self._held = self._size_or(self._held)
                 space = self._fs.space()
-            if space.exclusive_operation != "none" or not target.relief_due(space, self._balloon.size()):
-                return 0, target.tight(space)
-            if space.data_free >= space.data_chunk:
-                self._hand_back_chunks()
-                space = self._fs.space()
-                if not target.relief_due(space, self._balloon.size()):
-                    return 0, True
-            budget = target.relief_budget(space, reserve, spent)
-            owned = [c for c in self.layout().chunks if c.vacant and c.kind == "data" and 0 < c.balloon <= budget]
-            if not owned:
-                return 0, True
-            chunk = max(owned, key=lambda c: c.balloon)
-            given = self._balloon.vacate([(chunk.logical, chunk.length)])
-            self.deflated_total += given
-            self._fs.sync()
-            self._hand_back_chunks()
-            with contextlib.suppress(FilesystemError):  # else a writer of data is soon there, and takes it
-                self._widen_metadata(ENOUGH_OF_A_CHUNK)
-            return given, True
+            return Sampled(self._held, space, relief.given, bool(relief.given) or target.tight(space), warning)
 
     def layout(self) -> Layout:
         """The filesystem's chunks with the balloon's share counted in."""
-        layout = self._fs.layout()
-        if not self._balloon.size():
-            return layout
-        return replace(layout, chunks=with_balloon(layout.chunks, self._balloon.extents()))
+        return self._metadata.layout()
+
+    def reclaim(self) -> None:
+        """Hand empty data chunks back, never while the balloon inflates into them."""
+        with self.lock:
+            self._fs.reclaim_empty_chunks()
 
     def longest(self) -> Longest:
         """A function that tells the longest extent of a chunk that is not the balloon's."""
@@ -263,11 +307,11 @@ class BalloonEngine:
         return given
 
     def _short(self) -> int:
-        """Bytes that applications lack of what the host's last word allows, because the balloon holds them."""
-        if self._spent_then is None or not self._balloon.size():
-            return 0  # nobody has said anything yet, or there is nothing to give
+        """Bytes that applications lack of what the host's last report allows, because the balloon holds them."""
+        if self._grant is None or self._grant.spent is None or not self._balloon.size():
+            return 0  # nothing is known of any, or there is nothing to give
         space = self._fs.space()
-        return -goal_gap(space, self._left_of(self._said, space))
+        return -goal_gap(space, self._allowed(space))
 
     def vacate(self, chunks: Iterable[Chunk]) -> int:
         """Let the balloon go out of `chunks`, for a resize that is about to cut them away; bytes given back."""
@@ -292,68 +336,113 @@ class BalloonEngine:
     def _release(self) -> Held:
         held = self._balloon.size()
         self.target = 0
-        self._spent_then = None
+        self._grant = None
+        self._owed = 0
         self._balloon.remove()
         self._fs.sync()
         self.deflated_total += held
         return Held(0, self._fs.space(), 0, held)
 
-    def _settle(self, allowed: Allowed, *, may_give: bool) -> Held:
+    def _settle(self, *, fresh: bool, giving: bool = True) -> Held:
+        """Move the balloon to the grant, and see that it is there; `giving` False only takes."""
         before = (self.inflated_total, self.deflated_total)
+        may_give = giving and self._grant is not None and self._grant.spent is not None
+        warning = ""
         self._left_out = 0
         space = self._fs.space()
-        if target.next_move(space, self._balloon.size(), allowed(space)).by > 0:
-            self._make_room_for_metadata(space)
-        for committed in (False, True, True):
-            self._approach(allowed, may_give=may_give and committed)
+        if target.next_move(space, self._balloon.size(), self._allowed(space)).by > 0:
+            self._metadata.make_room(space)
+        for round_ in range(3):
+            warning = self._approach(may_give=may_give and bool(round_)) or warning
             # Only a commit makes it durable, f_bavail true, and everything count that was deleted a moment ago.
             self._fs.sync()
             space = self._fs.space()
-            by = target.next_move(space, self._balloon.size(), allowed(space)).by
-            if by == 0 or (by > 0 and _moves_chunks(space)) or (by < 0 and not may_give):
+            if fresh and not round_ and self._grant is not None:
+                self._grant = gr.committed(self._grant, self._spent(space))
+            by = target.next_move(space, self._balloon.size(), self._allowed(space)).by
+            if by == 0 or (by > 0 and _moves_chunks(space)) or (by < 0 and not may_give) or warning:
                 break
-        return self._checked(allowed, self.inflated_total - before[0], self.deflated_total - before[1])
+        if giving and self._grant is not None:
+            self._check_unwritten(self._grant)
+        return self._checked(self.inflated_total - before[0], self.deflated_total - before[1], warning)
 
-    def _approach(self, allowed: Allowed, *, may_give: bool) -> None:
-        """Move until nothing is left to do by the kernel's present account.
+    def _approach(self, *, may_give: bool) -> str:
+        """Move until nothing is left to do by the kernel's present account; a warning, or empty.
 
         Before a commit nothing is given: what was just deleted still counts as used, so it would be too much.
         """
-        looked = 0
+        trims = 0
         space = self._fs.space()
         if space.read_only:
             raise FilesystemError("the filesystem is read-only", errno.EROFS, Kind.PRECONDITION)
         most = space.size  # the largest inflation that is still worth trying after an ENOSPC
+        until = time.monotonic() + BUSY_WAIT_S
         for _ in range(MOST_MOVES):
-            held, limit = self._balloon.size(), allowed(space)
+            held, limit = self._balloon.size(), self._allowed(space)
             by = min(target.next_move(space, held, limit).by, most)
             self.target = max(held + goal_gap(space, limit), 0)
-            if by > 0 and space.exclusive_operation != "none":
-                if space.available <= target.ceiling(space, limit):
-                    return
-                space = self._wait_while_busy()
+            over = space.available > target.ceiling(space, limit)
+            if over and (space.exclusive_operation != "none" if by > 0 else space.data_readonly and not by):
+                if by <= 0 and time.monotonic() >= until:
+                    return ""  # `_checked` says so
+                space = self._wait_while_busy() if by > 0 else self._a_moment_later()
                 continue
-            if by == 0 or most < SECTOR or (by < 0 and not may_give):
-                return
-            if by > 0 and looked < MOST_TRIMS and self._hand_back_freed(space):
-                looked += 1
+            if (
+                by == 0
+                or most < SECTOR
+                or (by < 0 and not may_give)
+                or (by > 0 and space.exclusive_operation != "none")
+            ):
+                return ""
+            if by > 0 and trims < MOST_TRIMS and self._hand_back_freed(space):
+                trims += 1
             elif by > 0:
-                pieces = self._fitting(by, space, limit)
-                try:
-                    for piece in pieces:
-                        self._balloon.extend(piece)
-                        self.inflated_total += piece
-                except FilesystemError as error:
-                    most = self._after_refusal(error, by, space, limit)
-                else:
-                    if sum(pieces) < by:
-                        return
-            else:
-                held = self._balloon.size()
-                self._balloon.shrink(-by)
-                self.deflated_total += held - self._balloon.size()  # whole extents: it may be more than was asked
-                self._fs.sync()  # until then the kernel counts it as used
+                most, done = self._take(by, space, limit, most)
+                if done:
+                    return ""
+            elif warning := self._give_back(-by, space):
+                return warning
             space = self._fs.space()
+        return ""
+
+    def _a_moment_later(self) -> Space:
+        """The kernel's cleaner keeps a chunk read-only for milliseconds, a scrub for as long as it reads it."""
+        time.sleep(BUSY_POLL_S)
+        return self._fs.space()
+
+    def _take(self, size: int, space: Space, limit: int, most: int) -> tuple[int, bool]:
+        """Inflate by `size` bytes; what is still worth trying after that, and whether it is enough."""
+        pieces = self._fitting(size, space, limit)
+        try:
+            for piece in pieces:
+                self._balloon.extend(piece)
+                self.inflated_total += piece
+        except FilesystemError as error:
+            return self._after_refusal(error, size, space, limit), False
+        return most, sum(pieces) < size
+
+    def _give_back(self, size: int, space: Space) -> str:
+        """Give `size` bytes back, the first chunk's worth by itself; a warning when that freed nothing."""
+        held = self._balloon.size()
+        wanted = min(size, space.data_chunk)
+        self._balloon.shrink(wanted)
+        given = held - self._balloon.size()  # whole extents: it may be more than was asked
+        self.deflated_total += given
+        self._fs.sync()  # until then the kernel counts it as used
+        after = self._fs.space()
+        freed = space.data_used - after.data_used
+        if given >= WORTH_A_TRIM and freed < given // 2:
+            time.sleep(BUSY_POLL_S)  # a writer may have been as fast as we were
+            self._fs.sync()
+            freed = max(freed, space.data_used - self._fs.space().data_used)
+            if freed < given // 2:
+                return PINNED.format(format_size(given), format_size(max(freed, 0)))
+        if size > wanted and (more := min(size - given, -goal_gap(after, self._allowed(after)))) > 0:
+            held = self._balloon.size()
+            self._balloon.shrink(more)
+            self.deflated_total += held - self._balloon.size()
+            self._fs.sync()
+        return ""
 
     def _fitting(self, size: int, space: Space, limit: int) -> list[int]:
         """What to ask for so that the next metadata chunk keeps its room; less than `size` where that is enough.
@@ -369,23 +458,42 @@ class BalloonEngine:
         must = space.available - (size - left) > target.ceiling(space, limit)
         return [*pieces, left] if left and must else pieces
 
-    def _checked(self, allowed: Allowed, inflated: int, deflated: int) -> Held:
+    def _checked(self, inflated: int, deflated: int, warning: str) -> Held:
         """What was done, once it is seen to be enough."""
         space = self._fs.space()
-        limit = allowed(space)
+        limit = self._allowed(space)
         if space.available > target.ceiling(space, limit):
+            why = "the kernel gives the balloon no more room"
+            if space.data_readonly:
+                why = f"{space.data_readonly} bytes are in chunks that a scrub or a balance keeps read-only"
             raise FilesystemError(
-                f"applications can still write {space.available} bytes, {limit} are allowed;"
-                " the kernel gives the balloon no more room",
-                errno.ENOSPC,
+                f"applications can still write {space.available} bytes, {limit} are allowed; {why}", errno.ENOSPC
             )
         held = self._balloon.size()
         if deflated and target.relief_due(space, held + deflated):
-            self._hand_back_chunks()
+            self._metadata.hand_back_chunks()
         # A balance hides the chunk that it empties, the cleaner one that it deletes, and it begins after our commit.
-        again = _moves_chunks(space) and target.next_move(space, held, limit).by > 0
+        again = (self._grant is not None and not self._grant.known) or (
+            _moves_chunks(space) and target.next_move(space, held, limit).by > 0
+        )
         again = again or (bool(held) and (inflated > target.TOLERANCE or target.losing_a_chunk(space)))
-        return Held(held, space, inflated, deflated, again)
+        return Held(held, space, inflated, deflated, again, warning)
+
+    def _check_unwritten(self, grant: Grant) -> None:
+        """Raise FilesystemError where preallocated extents alone are more than the host allows."""
+        if not grant.overcommitted or grant.spent is None:
+            return
+        if not grant.known:
+            text = (
+                f"preallocated files are still being counted; up to {grant.unwritten} bytes may be unwritten in them,"
+                f" {grant.limit} are allowed: until that is known, nothing more can be written"
+            )
+            raise FilesystemError(text, errno.EAGAIN, Kind.BUSY)
+        text = (
+            f"applications have preallocated {grant.unwritten} bytes that they have not written yet, {grant.limit} are"
+            " allowed: nothing more can be written, but these can"
+        )
+        raise FilesystemError(text, errno.ENOSPC)
 
     def _wait_while_busy(self) -> Space:
         """The space once the kernel's exclusive operation is over: its own chunk reclaim and ours take milliseconds.
@@ -424,13 +532,6 @@ class BalloonEngine:
             return 0  # close enough: what is missing is less than the slack
         self._fs.sync()
         return tried // 2
-
-    def _hand_back_chunks(self) -> None:
-        """After a deflation with metadata short: the room is wanted now, not when the cleaner comes by."""
-        try:
-            self._fs.reclaim_empty_chunks()
-        except FilesystemError:
-            self._fs.sync()  # no room even for that: the next commit wakes the kernel's cleaner
 
 
 def _moves_chunks(space: Space) -> bool:

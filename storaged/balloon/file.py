@@ -27,6 +27,8 @@ from storaged.units import sector_floor
 
 SUBVOLUME = ".storaged-balloon"
 MOST_SEGMENTS = 1024
+NUDGE = "0"
+"""A name that no segment has for longer than a moment; empty, so a crash leaves a segment that holds nothing."""
 _SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the root of every subvolume
 _LAST_INODE = (1 << 64) - 257  # BTRFS_LAST_FREE_OBJECTID
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -155,6 +157,23 @@ class BtrfsBalloonFile:
             os.close(fd)
             raise self._foreign(f"{name!r} is not a plain file")
         return fd
+
+    @property
+    def root_id(self) -> int:
+        return self._subvolume if self._directory >= 0 else 0
+
+    @property
+    def found(self) -> list[tuple[str, bool]]:
+        return []
+
+    def nudge(self) -> None:
+        """Creating a file is a transaction that reserves metadata (start_transaction, fs/btrfs/transaction.c)."""
+        if self._directory < 0:
+            return
+        with contextlib.suppress(OSError):
+            os.close(os.open(NUDGE, _FILE | os.O_CREAT, 0o600, dir_fd=self._directory))
+        with contextlib.suppress(OSError):
+            os.unlink(NUDGE, dir_fd=self._directory)
 
     def size(self) -> int:
         return sum(

@@ -24,6 +24,9 @@ CRAMPED_MOST = 8 * MIB
 """Metadata up to this is moved to a larger chunk within milliseconds, for twice as much written."""
 LEAST_ROOM = 4 * MIB
 """Data room the kernel's own accounting may hide (superblock stripes, rounding)."""
+IDLE_SLACK = 64 * MIB
+"""By this much the kernel's accounts may be off for a moment: what it discards is hidden in pieces of up to 64 MiB
+(BTRFS_ASYNC_DISCARD_DEFAULT_MAX_SIZE, fs/btrfs/discard.h), and applications write and delete while it is counted."""
 MOST_SUPERBLOCKS = 3 * 64 * KIB
 WORTH_A_PIECE, MOST_PIECES = MIB, 64
 """Room that is taken piece by piece: the smallest of them, in bytes, and how many in one move."""
@@ -80,24 +83,41 @@ def allowance(reported_free: int, reserve: int) -> int:
 
 
 def goal(space: Space, limit: int) -> int:
-    """The value `space.available` should come to for `limit`."""
-    return limit + metadata_claim(space)
+    """The value `space.available` should come to for `limit`, both in logical bytes.
+
+    What is left for metadata in shared chunks is a part of the limit; there is no way to keep data out of it.
+    """
+    claim = metadata_claim(space)
+    return max(limit, claim) if space.mixed else limit + claim // space.data_copies
+
+
+def slack(space: Space) -> int:
+    """By how much `space.available` may be above the limit: a data chunk only where metadata needs room for a chunk."""
+    return space.data_chunk if metadata_claim(space) else min(IDLE_SLACK, space.data_chunk)
 
 
 def ceiling(space: Space, limit: int) -> int:
-    """The most `space.available` may be for the promise to hold: the limit and one chunk's slack."""
-    return limit + space.data_chunk + LEAST_ROOM
+    """The most `space.available` may be for the promise to hold."""
+    return limit + slack(space) + LEAST_ROOM
+
+
+def due_again(space: Space, limit: int) -> bool:
+    """True when so much more than `limit` is available that the balloon must be inflated without a new report."""
+    return space.available > max(goal(space, limit), limit + min(IDLE_SLACK, space.data_chunk)) + TOLERANCE
 
 
 def next_move(space: Space, held: int, limit: int) -> Move:
     """The next move towards `limit` for a balloon that holds `held` bytes. Call again with new facts after it.
 
-    Shapes: all bytes. The moves converge: each inflation is at most what is missing, the last chunks one by one.
+    Shapes: all logical bytes. The moves converge: each inflation is at most what is missing, the last chunks one by
+    one.
+    What is read-only for the moment cannot be taken, and is not tried.
     """
     missing = space.available - goal(space, limit)
     if missing < -TOLERANCE:
         give = min(-(missing // SECTOR) * SECTOR, held)
         return Move(-give) if give else SETTLED
+    missing = min(missing, space.takeable)
     if missing < SECTOR:
         return SETTLED
     free = space.data_free
@@ -106,7 +126,8 @@ def next_move(space: Space, held: int, limit: int) -> Move:
     chunk = space.data_chunk
     # A chunk more would be allocated: does the room for metadata allow it?
     claim = metadata_claim(space)
-    if claim and space.unallocated - chunk < claim and space.available - free <= ceiling(space, limit):
+    short = space.unallocated - chunk * space.data_copies < claim
+    if claim and short and space.available - free <= ceiling(space, limit):
         return Move(_sectors(free)) if free >= SECTOR else SETTLED
     if missing > free + 2 * chunk:
         return Move(_sectors(missing - 2 * chunk))
@@ -130,11 +151,17 @@ def pieces(size: int, rooms: Iterable[int]) -> tuple[list[int], int]:
 
 
 def relief_due(space: Space, held: int) -> bool:
-    """True when metadata is about to run out while the balloon holds room it could have."""
+    """True when metadata is about to run out while the balloon holds room it could have, and would take it at once.
+
+    The kernel allocates a metadata chunk with the next transaction once four fifths of the present ones are used
+    (should_alloc_chunk, fs/btrfs/block-group.c). Before that, data would get there first.
+    """
     if not held or space.mixed:
         return False
     reach = space.metadata_headroom + space.unallocated // space.metadata_copies
-    return reach < least_headroom(space)
+    if reach >= least_headroom(space):
+        return False
+    return space.metadata_used * 5 >= space.metadata_total * 4 or space.metadata_headroom < least_headroom(space) // 2
 
 
 def losing_a_chunk(space: Space) -> bool:
@@ -160,13 +187,17 @@ def calm(space: Space, headroom: int) -> bool:
     return not space.mixed and headroom >= 4 * comfortable_headroom(space)
 
 
-def relief_budget(space: Space, reserve: int, spent: int) -> int:
-    """Bytes the balloon may still give to metadata after `spent` since the last report.
+def relief_size(space: Space, chunk: int) -> int:
+    """Host bytes that metadata can grow by when a data chunk of `chunk` bytes becomes unallocated."""
+    return min(chunk * space.data_copies, space.metadata_chunk * space.metadata_copies)
 
-    A quarter of the host's reserve, and always one chunk, which is within the slack. A guest that really writes that
-    much metadata makes the host's free space fall, and the host's next report starts a new budget.
+
+def relief_allowed(size: int, left: int, owed: int, reserve: int) -> bool:
+    """True when metadata may have `size` host bytes more: out of what is `left` of the grant, or else of the reserve.
+
+    Beyond the grant it is at most half of the host's reserve in all; `owed` was taken before and not granted since.
     """
-    return max(reserve // 4, space.data_chunk) - spent
+    return size <= left or owed + size <= reserve // 2
 
 
 def _sectors(size: int) -> int:

@@ -6,7 +6,7 @@ import bisect
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import btrfs
 from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYSTEM
@@ -17,12 +17,14 @@ from storaged.core.model import Space
 from storaged.core.trim import ChunkRange, is_safe, pieces
 from storaged.errors import FilesystemError, Kind, Unsupported
 from storaged.resize.layout import Chunk, Layout
-from storaged.units import GIB, MIB
+from storaged.units import GIB, KIB, MIB
 
 MOST_DATA_CHUNK = GIB
 """A data stripe is at most this (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
 CHUNK_STEP = 16 * MIB
 """A tenth of the filesystem is rounded up to this (fs/btrfs/volumes.c, decide_stripe_size_regular)."""
+MOST_SUPERBLOCKS = 3 * 64 * KIB
+"""What copies of the superblock cover counts as read-only for ever (exclude_super_stripes, fs/btrfs/block-group.c)."""
 DEVICE_RANGE_RESERVED = MIB
 """BTRFS_DEVICE_RANGE_RESERVED: never part of a chunk."""
 
@@ -114,11 +116,7 @@ class BtrfsFilesystem:
         device = self._fs.dev_info(self.devid)
         data = "allocation/mixed" if self._mixed else "allocation/data"
         metadata = "allocation/mixed" if self._mixed else "allocation/metadata"
-        operation = self._text("exclusive_operation")
-        parts = ["bytes_used", "bytes_reserved", "bytes_may_use"]
-        if operation != "balance":
-            parts.append("bytes_readonly")  # else it is the chunk that is being emptied: its room comes back
-        used = sum(self._number(f"{data}/{part}") for part in parts)
+        used = sum(self._number(f"{data}/{part}") for part in ("bytes_used", "bytes_reserved", "bytes_may_use"))
         data_total = self._number(f"{data}/total_bytes")
         metadata_total = self._number(f"{metadata}/total_bytes")
         size: int = device.total_bytes
@@ -129,6 +127,7 @@ class BtrfsFilesystem:
             data_total=data_total,
             data_used=used,
             data_pinned=self._number(f"{data}/bytes_pinned"),
+            data_readonly=max(self._number(f"{data}/bytes_readonly") - MOST_SUPERBLOCKS, 0),
             metadata_total=metadata_total,
             metadata_readonly=self._number(f"{metadata}/bytes_readonly"),
             metadata_used=self._metadata_used(metadata),
@@ -140,7 +139,7 @@ class BtrfsFilesystem:
             metadata_copies=self._copies(metadata, metadata_total),
             mixed=self._mixed,
             read_only=self.read_only(),
-            exclusive_operation=operation,
+            exclusive_operation=self._text("exclusive_operation"),
         )
 
     def metadata_headroom(self) -> int:
@@ -242,12 +241,18 @@ class BtrfsFilesystem:
         except OSError:
             return None
 
-    def trim(self) -> int:
+    def device_written(self) -> int:
+        with kernel("reading the device's statistics"), open(f"{self._block}/stat", encoding="ascii") as file:
+            return int(file.read().split()[6]) * 512  # write sectors (Documentation/block/stat.rst)
+
+    def trim(self, exclusive: AbstractContextManager[object] | None = None) -> int:
+        exclusive = exclusive if exclusive is not None else nullcontext()
         with kernel("discarding free space (FITRIM)"):
             trimmed = ioctl.trim(self.fd, 0, DEVICE_RANGE_RESERVED)  # no chunk begins there: what is unallocated
             for piece in pieces(self._free_extents()):
-                if is_safe(piece, self._space()):
-                    trimmed += ioctl.trim(self.fd, piece.chunk.start, piece.chunk.length)
+                with exclusive:
+                    if is_safe(piece, self._space()):
+                        trimmed += ioctl.trim(self.fd, piece.chunk.start, piece.chunk.length)
             return trimmed
 
     def _free_extents(self) -> Iterator[tuple[ChunkRange, int, int]]:
@@ -266,6 +271,9 @@ class BtrfsFilesystem:
 
     def reclaim_empty_chunks(self) -> None:
         with kernel("handing empty chunks back (balance)"):
+            # Extents allocated since the last commit do not count as used yet: their chunk would be taken for empty,
+            # and relocating a preallocated extent writes it.
+            ioctl.sync(self.fd)
             self._balance(data_args=btrfs.ioctl.BalanceArgs(usage_max=0))
 
     def grow_metadata(self) -> None:

@@ -76,14 +76,14 @@ def entered(state: State, before: Level, now: float) -> Result:
     return state, tuple(effects)
 
 
-def _guard_at(state: State, event: ev.BalloonSettled | ev.BalloonGuarded) -> float | None:
-    """When to look at metadata headroom next: never while nothing is held back."""
-    if not event.size:
+def _guard_at(state: State, event: ev.BalloonSettled | ev.BalloonSampled) -> float | None:
+    """When to sample the space next: never while nothing is to be held back."""
+    if state.balloon.limit is None and not event.size:
         return None
     config = state.config
     if event.tight:
         return event.at + config.guard_soon_s
-    calm = isinstance(event, ev.BalloonGuarded) and event.calm
+    calm = isinstance(event, ev.BalloonSampled) and event.calm
     return event.at + (max(config.guard_calm_s, config.guard_every_s) if calm else config.guard_every_s)
 
 
@@ -111,22 +111,30 @@ def balloon_settled(state: State, event: ev.BalloonSettled) -> Result:
         reason="",
         retry_at=event.at + state.config.retry_first_s if event.again and event.limit is not None else None,
         guard_at=guard_at,
+        warning=event.warning,
     )
     effects: tuple[ev.Effect, ...] = (ev.AnswerReport(),) if balloon.asked else ()
     if balloon.failures:
         effects = (*effects, ev.Note("the balloon is at its target again"))
-    return replace(state, balloon=settled), effects
+    return replace(state, balloon=settled), (*effects, *_warned(balloon.warning, event.warning))
 
 
-def balloon_guarded(state: State, event: ev.BalloonGuarded) -> Result:
+def _warned(before: str, now: str) -> tuple[ev.Effect, ...]:
+    """A warning is noted when it comes up, not again while it lasts."""
+    return (ev.Note(now, warning=True),) if now and now != before else ()
+
+
+def balloon_sampled(state: State, event: ev.BalloonSampled) -> Result:
     balloon = replace(
         state.balloon,
         size=event.size,
         relief=state.balloon.relief + event.relief,
         guard_at=_guard_at(state, event),
+        warning=event.warning or (state.balloon.warning if event.size else ""),
     )
     note = ev.Note(f"gave {format_size(event.relief)} of the balloon to metadata, which was running out")
-    return replace(state, balloon=balloon), ((note,) if event.relief else ())
+    warned = _warned(state.balloon.warning, event.warning)
+    return replace(state, balloon=balloon), (*((note,) if event.relief else ()), *warned)
 
 
 def balloon_failed(state: State, event: ev.BalloonFailed) -> Result:

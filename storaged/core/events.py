@@ -32,19 +32,21 @@ class BalloonSettled:
     tight: bool = False
     """Metadata headroom is small: look at it again soon."""
     again: bool = False
-    """A balance or the cleaner will give room back at its end: hold it again soon."""
+    """A balance or the cleaner will give room back at its end, or preallocated files are still counted: hold again."""
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class BalloonGuarded:
-    """Metadata headroom was looked at: `relief` bytes of the balloon were given up for it."""
+class BalloonSampled:
+    """The space was sampled between reports: `relief` bytes of the balloon were given up for metadata."""
 
     size: int
     relief: int
     at: float
     tight: bool = False
     calm: bool = False
-    """There is a lot of headroom: no need to look at it again so soon."""
+    """There is a lot of metadata headroom: the next sample need not come soon."""
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,7 @@ class ReleaseRequested:
 Event = (
     HostReported
     | BalloonSettled
-    | BalloonGuarded
+    | BalloonSampled
     | BalloonFailed
     | ResizeRequested
     | CancelRequested
@@ -238,10 +240,13 @@ class HoldAvailable:
 
 
 @dataclass(frozen=True, slots=True)
-class GuardMetadata:
-    """Look whether metadata runs out; give a chunk of the balloon back if so. `spent` went there since the report."""
+class Sample:
+    """Compare what is available with what is left of the limit, and take the difference if `adjust`.
 
-    spent: int
+    Give metadata its next chunk if it runs out.
+    """
+
+    adjust: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +336,7 @@ class AnswerCancel:
 
 Effect = (
     HoldAvailable
-    | GuardMetadata
+    | Sample
     | Trim
     | SetDirtyLimits
     | RestoreDirtyLimits

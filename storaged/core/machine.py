@@ -52,7 +52,7 @@ def _tick(state: State, event: ev.Tick) -> Result:
         return state, (*effects, *retry)
     if balloon.guard_at is not None and event.at >= balloon.guard_at and not balloon.pending:
         guarded = replace(balloon, guard_at=None)  # set again when the answer is there
-        return replace(state, balloon=guarded), (*effects, ev.GuardMetadata(balloon.relief))
+        return replace(state, balloon=guarded), (*effects, ev.Sample(adjust=state.active_job is None))
     return state, effects
 
 
@@ -124,7 +124,7 @@ def next_wakeup(state: State) -> float | None:
 HANDLERS: dict[type[ev.Event], Callable[[State, Any], Result]] = {
     ev.HostReported: bl.host_reported,
     ev.BalloonSettled: bl.balloon_settled,
-    ev.BalloonGuarded: bl.balloon_guarded,
+    ev.BalloonSampled: bl.balloon_sampled,
     ev.BalloonFailed: bl.balloon_failed,
     ev.ReleaseRequested: bl.release_requested,
     ev.DirtyLimitsFound: bl.dirty_limits_found,

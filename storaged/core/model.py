@@ -39,10 +39,11 @@ class HostReport:
 class Space:
     """How a filesystem's bytes are spent, from the kernel's own accounting (sysfs `allocation/`).
 
-    `data_used` counts what is written, what is reserved for writes under way and what is read-only, but for the chunk
-    that a balance empties: balloons must not give room for what is only hidden for a moment. Pinned
-    bytes (freed, not yet committed) count as free because the next commit frees them. `unallocated` is what
-    can become chunks. All logical bytes but `unallocated`, `size` and `device`, which are bytes of the device.
+    `data_used` counts what is written and what is reserved for writes under way. Pinned bytes (freed, not yet
+    committed) count as free because the next commit frees them. `data_readonly` is free room in chunks that are
+    read-only for the moment, because a balance, a scrub or the kernel's cleaner is at work on them: it cannot be taken
+    now, but applications have it again afterwards, so it counts as available. `unallocated` is what can become
+    chunks. All logical bytes but `unallocated`, `size` and `device`, which are bytes of the device.
     """
 
     size: int
@@ -63,21 +64,40 @@ class Space:
     exclusive_operation: str = "none"
     metadata_readonly: int = 0
     """The part of `metadata_used` in chunks on their way out."""
+    data_readonly: int = 0
 
     @property
     def data_free(self) -> int:
-        """Bytes of data that fit into the data chunks there are."""
-        return max(self.data_total - self.data_used, 0)
+        """Bytes of data that fit into the data chunks there are, now."""
+        return max(self.data_total - self.data_used - self.data_readonly, 0)
+
+    @property
+    def takeable(self) -> int:
+        """Bytes of data that can be written or preallocated now."""
+        return self.data_free + self.unallocated // self.data_copies
 
     @property
     def available(self) -> int:
-        """Bytes of data that applications can still write."""
-        return self.data_free + self.unallocated // self.data_copies
+        """Bytes of data that applications can write, now or once no chunk is read-only any more."""
+        return self.takeable + self.data_readonly
 
     @property
     def metadata_headroom(self) -> int:
         """Bytes of metadata that fit before a new chunk is needed; may be negative."""
         return self.metadata_total - self.metadata_used - self.global_reserve
+
+
+@dataclass(frozen=True, slots=True)
+class Unwritten:
+    """Preallocated, unwritten extents of applications: `size` bytes in `files` files.
+
+    While not `known`, `size` is only what was found so far in `scanned` items.
+    """
+
+    size: int
+    known: bool
+    files: int = 0
+    scanned: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ Every method may block; callers run them off the event loop. Errors are `storage
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from storaged.core.model import DirtyLimits, Space
+from storaged.core.model import DirtyLimits, Space, Unwritten
 from storaged.resize.layout import Layout
 
 
@@ -51,8 +52,14 @@ class Filesystem(Protocol):
     def untrimmed(self) -> int | None:
         """Freed bytes whose discard is still queued; None when the kernel does not say."""
 
-    def trim(self) -> int:
-        """Discard all free space; bytes discarded as the kernel counts."""
+    def device_written(self) -> int:
+        """Bytes written to the device since it appeared; rewriting a block counts again."""
+
+    def trim(self, exclusive: AbstractContextManager[object] | None = None) -> int:
+        """Discard all free space; bytes discarded as the kernel counts.
+
+        While a chunk is discarded its free room is hidden from every account, so `exclusive` is entered for each chunk.
+        """
 
     def reclaim_empty_chunks(self) -> None:
         """Turn completely empty data chunks back into unallocated space."""
@@ -61,8 +68,32 @@ class Filesystem(Protocol):
         """Replace small metadata chunks by one of the kernel's present size."""
 
 
+class Preallocated(Protocol):
+    """Counts the preallocated, unwritten extents of applications."""
+
+    def start(self) -> None:
+        """Begin the first count, in the background at idle priority."""
+
+    def look(self, balloon_root: int, patience_s: float) -> Unwritten:
+        """What there is now, without the subvolume `balloon_root`; `known` is False when that takes longer."""
+
+    def close(self) -> None:
+        """Stop counting."""
+
+
 class BalloonFile(Protocol):
     """The file whose extents are the balloon."""
+
+    @property
+    def root_id(self) -> int:
+        """The id of the balloon's subvolume; 0 while there is none."""
+
+    @property
+    def found(self) -> list[tuple[str, bool]]:
+        """What was found and done when it was opened: (text, whether it is a warning)."""
+
+    def nudge(self) -> None:
+        """Begin a small transaction, so that the kernel allocates the next metadata chunk if that is due."""
 
     def size(self) -> int:
         """Bytes it holds now, without waiting for a commit."""
@@ -136,6 +167,7 @@ class World:
 
     filesystem: Filesystem
     balloon: BalloonFile
+    preallocated: Preallocated
     resizer: Resizer
     sysctl: Sysctl
     clock: Clock

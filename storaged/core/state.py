@@ -54,6 +54,7 @@ class Balloon:
     reason: str = ""
     retry_at: float | None = None
     relief: int = 0  # given to metadata since the last report
+    warning: str = ""  # what is not as it should be though the promise holds
     guard_at: float | None = None
 
 

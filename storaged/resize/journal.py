@@ -44,10 +44,11 @@ class FileJournal:
 
     def save(self, record: dict[str, object]) -> None:
         body = json.dumps(record, sort_keys=True).encode()
-        if body == self._last:
+        path = os.path.join(self._directory, NAME)
+        if body == self._last and os.path.exists(path):
             return
         with kernel("writing the journal"):
-            path = os.path.join(self._directory, NAME)
+            os.makedirs(self._directory, mode=0o700, exist_ok=True)  # someone may have removed it
             fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with open(fd, "wb") as file:
                 file.write(b"%08x\n%s" % (zlib.crc32(body), body))

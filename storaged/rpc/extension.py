@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from storaged import __version__
 from storaged.core.model import Level
 from storaged.core.state import BalloonState, State
-from storaged.errors import InvalidRequest, StoragedError
+from storaged.errors import InvalidRequest
 from storaged.resize.job import Job, JobState
 from storaged.rpc.proto import storaged_v1_pb2 as pb
 from storaged.rpc.proto import storaged_v1_pb2_grpc
@@ -21,6 +20,7 @@ from storaged.runtime import Snapshot, StorageService
 Context = Any
 LEAST_INTERVAL_S = 0.2
 MOST_INTERVAL_S = 3600.0
+BOUNDS_PATIENCE_S = 1.0
 
 _LEVEL = {Level.NORMAL: pb.LEVEL_NORMAL, Level.LOW: pb.LEVEL_LOW, Level.CRITICAL: pb.LEVEL_CRITICAL}
 _BALLOON = {
@@ -55,8 +55,7 @@ class Storage(storaged_v1_pb2_grpc.StorageServicer):
             yield self._report(snapshot)
 
     async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.Report:
-        with contextlib.suppress(StoragedError, TimeoutError):  # a report must come whatever the disk does
-            await self._storage.bounds_lately()
+        await self._storage.bounds_lately(BOUNDS_PATIENCE_S)  # a report must come whatever the disk does
         return self._report(await self._storage.refreshed())
 
     async def Resize(self, request: pb.ResizeRequest, context: Context) -> pb.ResizeResponse:

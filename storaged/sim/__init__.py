@@ -1,7 +1,7 @@
 """The ports in memory, with faults: powers tests, `--sim` and the fleet simulation."""
 
 from storaged.sim.disk import SimDisk
-from storaged.sim.filesystem import SimBalloonFile, SimFilesystem
+from storaged.sim.filesystem import SimBalloonFile, SimFilesystem, SimPreallocated
 from storaged.sim.resizer import SimResizer
 from storaged.sim.system import MemoryJournal, SimClock, SimSysctl
 from storaged.sim.world import make_world
@@ -12,6 +12,7 @@ __all__ = [
     "SimClock",
     "SimDisk",
     "SimFilesystem",
+    "SimPreallocated",
     "SimResizer",
     "SimSysctl",
     "make_world",

@@ -44,6 +44,8 @@ class SimDisk:
         self.untrimmed = 0
         self.untrimmable = 0  # of it, what no trim may hold back now
         self.written = 0
+        self.device_written = 0
+        self.unwritten = 0  # preallocated by applications; part of what their chunks hold
         self.speed: float | None = None  # bytes a second that a shrink moves; None is at once
         self.cancelled = threading.Event()
         self.chunks: list[SimChunk] = [
@@ -126,9 +128,26 @@ class SimDisk:
                 if placed is not None:
                     for chunk, part in placed:
                         chunk.used += part
+                    self.device_written += size
                     return size
                 size = sector_floor(size // 2)
             return 0
+
+    def preallocate(self, size: int) -> int:
+        """An application preallocates up to `size` bytes; bytes preallocated."""
+        with self.lock:
+            size = self.write(size)
+            self.device_written -= size
+            self.unwritten += size
+            return size
+
+    def write_preallocated(self, size: int) -> int:
+        """An application writes up to `size` bytes of what it preallocated; bytes written."""
+        with self.lock:
+            size = min(size, self.unwritten)
+            self.unwritten -= size
+            self.device_written += size
+            return size
 
     def delete(self, size: int) -> int:
         """An application deletes up to `size` bytes, newest chunks first; bytes freed."""
@@ -139,6 +158,7 @@ class SimDisk:
                 chunk.used -= part
                 freed += part
             self.freed += freed
+            self.unwritten = min(self.unwritten, sum(c.used for c in self.of("data")))
             return freed
 
     def set_device(self, device: int) -> None:

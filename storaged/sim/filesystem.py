@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+from contextlib import AbstractContextManager, nullcontext
 
-from storaged.core.model import Space
+from storaged.core.model import Space, Unwritten
 from storaged.errors import FilesystemError, Kind
 from storaged.resize.layout import Chunk, Layout
 from storaged.sim.disk import SimChunk, SimDisk
@@ -87,9 +88,12 @@ class SimFilesystem:
     def untrimmed(self) -> int | None:
         return self.disk.untrimmed
 
-    def trim(self) -> int:
+    def device_written(self) -> int:
+        return self.disk.device_written
+
+    def trim(self, exclusive: AbstractContextManager[object] | None = None) -> int:
         self.disk.faults.meet("trim")
-        with self.disk.lock:
+        with exclusive if exclusive is not None else nullcontext(), self.disk.lock:
             self.disk.untrimmed = min(self.disk.untrimmed, self.disk.untrimmable)
             return self.disk.data_free() + self.disk.unallocated()
 
@@ -122,6 +126,15 @@ class SimBalloonFile:
 
     def __init__(self, disk: SimDisk) -> None:
         self.disk = disk
+
+    root_id = 0
+
+    @property
+    def found(self) -> list[tuple[str, bool]]:
+        return []
+
+    def nudge(self) -> None:
+        self.disk.faults.meet("nudge")
 
     def size(self) -> int:
         with self.disk.lock:
@@ -166,3 +179,22 @@ class SimBalloonFile:
         with self.disk.lock:
             for chunk in self.disk.chunks:
                 chunk.held = 0
+
+
+class SimPreallocated:
+    """`core.ports.Preallocated` on a SimDisk: what was preallocated there, and whether it is `known` yet."""
+
+    def __init__(self, disk: SimDisk) -> None:
+        self.disk = disk
+        self.known = True
+
+    def start(self) -> None:
+        """There is nothing to begin."""
+
+    def look(self, balloon_root: int, patience_s: float) -> Unwritten:  # noqa: ARG002  # known at once
+        self.disk.faults.meet("look")
+        with self.disk.lock:
+            return Unwritten(self.disk.unwritten if self.known else 0, self.known, int(self.disk.unwritten > 0))
+
+    def close(self) -> None:
+        """There is nothing to stop."""

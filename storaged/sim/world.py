@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storaged.core.ports import Clock, JournalStore, World
 from storaged.sim.disk import SimDisk
-from storaged.sim.filesystem import SimBalloonFile, SimFilesystem
+from storaged.sim.filesystem import SimBalloonFile, SimFilesystem, SimPreallocated
 from storaged.sim.resizer import SimResizer
 from storaged.sim.system import MemoryJournal, SimClock, SimSysctl
 
@@ -20,6 +20,7 @@ def make_world(
     return World(
         filesystem=SimFilesystem(disk),
         balloon=SimBalloonFile(disk),
+        preallocated=SimPreallocated(disk),
         resizer=SimResizer(disk),
         sysctl=sysctl or SimSysctl(faults=disk.faults),
         clock=clock or SimClock(),

@@ -193,19 +193,19 @@ def test_relief_is_due_only_when_metadata_could_have_what_the_balloon_holds() ->
 
 
 @pytest.mark.parametrize(
-    ("reserve", "chunk", "spent", "budget"),
+    ("size", "left", "owed", "allowed"),
     [
-        (8 * GIB, GIB, 0, 2 * GIB),
-        (8 * GIB, GIB, GIB, GIB),
-        (GIB, GIB, 0, GIB),
-        (GIB, 100 * MIB, 0, GIB // 4),
-        (GIB, 100 * MIB, GIB // 4, 0),
+        (512 * MIB, 512 * MIB, 10 * GIB, True),
+        (512 * MIB, 512 * MIB - 1, 0, True),
+        (512 * MIB, 0, 1, False),
+        (512 * MIB + 1, 0, 0, False),
+        (100 * MIB, 0, 412 * MIB, True),
     ],
 )
-def test_relief_is_at_most_a_quarter_of_the_reserve_or_a_chunk(
-    reserve: int, chunk: int, spent: int, budget: int
+def test_metadata_has_what_the_grant_allows_and_half_of_the_reserve_once(
+    size: int, left: int, owed: int, allowed: bool
 ) -> None:
-    assert target.relief_budget(replace(FRESH, data_chunk=chunk), reserve, spent) == budget
+    assert target.relief_allowed(size, left, owed, GIB) is allowed
 
 
 @given(found=spaces(), headroom=st.integers(0, GIB))

@@ -16,6 +16,7 @@ from storaged.balloon.file import BtrfsBalloonFile
 from storaged.btrfs.filesystem import BtrfsFilesystem
 from storaged.errors import FilesystemError
 from storaged.rpc.proto import vm_guest_pb2
+from storaged.sim import SimDisk, SimPreallocated
 from storaged.units import GIB, MIB, SECTOR
 from tests.btrfs import support
 from tests.btrfs.conftest import MakeDaemon, MakeGuest
@@ -131,7 +132,7 @@ def test_a_short_balance_is_waited_for(make_guest: MakeGuest) -> None:
     thread = threading.Thread(target=balance)
     thread.start()
     try:
-        engine = BalloonEngine(filesystem, balloon)
+        engine = BalloonEngine(filesystem, balloon, SimPreallocated(SimDisk()))
         for limit in (0, GIB, 300 * MIB, 900 * MIB, 100 * MIB) * 8:
             engine.hold(limit)
             # A chunk that is being balanced counts as no room meanwhile.
@@ -150,7 +151,7 @@ def test_it_comes_to_rest(make_guest: MakeGuest) -> None:
     filesystem, balloon = BtrfsFilesystem(str(guest.mountpoint)), BtrfsBalloonFile(str(guest.mountpoint))
     try:
         assert filesystem.space().metadata_readonly, "a copy of the superblock lies in a metadata chunk"
-        engine = BalloonEngine(filesystem, balloon)
+        engine = BalloonEngine(filesystem, balloon, SimPreallocated(SimDisk()))
         engine.hold(300 * MIB)
         support.until(lambda: not engine.hold(300 * MIB, fresh=False).again, within_s=5)
     finally:

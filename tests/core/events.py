@@ -111,7 +111,7 @@ _now = st.just(0.0)
 events: st.SearchStrategy[ev.Event] = st.one_of(
     st.builds(ev.HostReported, report=reports),
     st.builds(ev.BalloonSettled, limit=limits, size=st.integers(0, 8 * GIB), at=_now, again=st.booleans()),
-    st.builds(ev.BalloonGuarded, size=st.integers(0, 8 * GIB), relief=st.integers(0, GIB), at=_now),
+    st.builds(ev.BalloonSampled, size=st.integers(0, 8 * GIB), relief=st.integers(0, GIB), at=_now),
     st.builds(
         ev.BalloonFailed,
         limit=limits,

@@ -121,8 +121,8 @@ class Witness:
         for hold in of(effects, ev.HoldAvailable):
             assert hold.limit == state.balloon.limit
             assert state.balloon.pending
-        for guard in of(effects, ev.GuardMetadata):
-            assert guard.spent == state.balloon.relief >= 0
+        for sample in of(effects, ev.Sample):
+            assert sample.adjust == (state.active_job is None), "a job's steps adjust the balloon themselves"
         if ev.IgnoreReport() in effects:
             assert replace(state, ignored_reports=0) == replace(before, ignored_reports=0)
             assert len(effects) == 1

@@ -207,15 +207,13 @@ def test_metadata_is_guarded_while_the_balloon_holds_anything() -> None:
     state, _ = play(State(), reported(5 * GIB), ev.BalloonSettled(4 * GIB, GIB, 0.0))
     assert next_wakeup(state) == CONFIG.guard_every_s
     state, effects = step(state, ev.Tick(CONFIG.guard_every_s, 0.0))
-    assert effects == (ev.GuardMetadata(0),)
+    assert effects == (ev.Sample(adjust=True),)
     assert next_wakeup(state) is None, "not before the answer"
-    state, _ = step(state, ev.BalloonGuarded(GIB - 100 * MIB, 100 * MIB, 3.0, tight=True))
+    state, _ = step(state, ev.BalloonSampled(GIB - 100 * MIB, 100 * MIB, 3.0, tight=True))
     assert (state.balloon.relief, state.balloon.size) == (100 * MIB, GIB - 100 * MIB)
     assert next_wakeup(state) == 3.0 + CONFIG.guard_soon_s
     state, effects = step(state, ev.Tick(4.0, 0.0))
-    assert effects == (ev.GuardMetadata(100 * MIB),)
-    state, _ = step(state, ev.BalloonGuarded(0, 0, 5.0))
-    assert next_wakeup(state) is None
+    assert effects == (ev.Sample(adjust=True),)
     state, _ = step(state, reported(5 * GIB, at=6.0))
     assert state.balloon.relief == 0, "each report starts anew"
 
@@ -231,7 +229,7 @@ def test_metadata_is_guarded_while_the_balloon_holds_anything() -> None:
 )
 def test_the_less_headroom_the_sooner_it_is_looked_at(tight: bool, calm: bool, after: float) -> None:
     state, _ = play(State(), reported(5 * GIB), ev.BalloonSettled(4 * GIB, GIB, 0.0))
-    state, _ = step(state, ev.BalloonGuarded(GIB, 0, 2.0, tight, calm))
+    state, _ = step(state, ev.BalloonSampled(GIB, 0, 2.0, tight, calm))
     assert next_wakeup(state) == 2.0 + after
 
 
@@ -240,9 +238,22 @@ def test_a_balloon_that_failed_is_guarded_too() -> None:
     assert state.balloon.guard_at == CONFIG.guard_every_s
 
 
-def test_an_empty_balloon_guards_nothing() -> None:
+def test_with_a_limit_the_space_is_sampled_though_the_balloon_is_empty() -> None:
+    # The filesystem may be grown, or the balloon deleted.
     state, _ = play(State(), reported(5 * GIB), ev.BalloonSettled(4 * GIB, 0, 0.0))
+    assert next_wakeup(state) == CONFIG.guard_every_s
+    state, _ = play(state, ev.ReleaseRequested(1.0), ev.BalloonSettled(None, 0, 1.0))
     assert next_wakeup(state) is None
+
+
+def test_a_warning_is_noted_once() -> None:
+    settled = ev.BalloonSettled(4 * GIB, GIB, 0.0, warning="a snapshot holds it")
+    state, effects = play(State(), reported(5 * GIB), settled)
+    assert ev.Note("a snapshot holds it", warning=True) in effects
+    state, effects = play(state, ev.Tick(1.0, 0.0), ev.BalloonSampled(GIB, 0, 1.0, warning="a snapshot holds it"))
+    assert not of(effects, ev.Note)
+    state, effects = play(state, ev.BalloonSettled(4 * GIB, GIB, 2.0), replace(settled, at=3.0))
+    assert of(effects, ev.Note), "it came up again"
 
 
 def test_a_release_that_failed_does_not_spin() -> None:

@@ -23,7 +23,7 @@ class Guest:
     def __init__(self, size: int = 8 * GIB) -> None:
         self.disk = SimDisk(size, device=2 * size)
         self.world = make_world(self.disk)
-        self.engine = BalloonEngine(self.world.filesystem, self.world.balloon)
+        self.engine = BalloonEngine(self.world.filesystem, self.world.balloon, self.world.preallocated)
         self.runner = ResizeRunner(
             self.world.filesystem, self.world.resizer, self.engine, self.world.clock, poll_s=0.005
         )

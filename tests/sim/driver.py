@@ -53,7 +53,7 @@ class Driver:
         """Start the daemon on what is there."""
         world = make_world(self.disk, clock=self.clock, sysctl=self.sysctl, journal=self.journal)
         self.world = world
-        self.engine = BalloonEngine(world.filesystem, world.balloon)
+        self.engine = BalloonEngine(world.filesystem, world.balloon, world.preallocated)
         self.runner = ResizeRunner(world.filesystem, world.resizer, self.engine, world.clock, poll_s=10)
         self.state = State(self.config)
         self._queue: deque[ev.Event] = deque()
@@ -171,11 +171,9 @@ class Driver:
         match effect:
             case ev.HoldAvailable(limit, fresh):
                 self._hold(limit, fresh)
-            case ev.GuardMetadata(spent):
-                reserve = self.config.reserve
-                given, tight = self.engine.guard(reserve, spent)
-                assert given + spent <= max(reserve // 4, self.disk.data_chunk) or not given
-                self._queue.append(ev.BalloonGuarded(self.engine.size(), given, clock.now, tight))
+            case ev.Sample(adjust):
+                done = self.engine.sample(self.config.reserve, adjust=adjust)
+                self._queue.append(ev.BalloonSampled(done.size, done.relief, clock.now, done.tight))
             case ev.Trim():
                 fs.trim()
             case ev.SetDirtyLimits(size):
