@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 __all__ = ["ANSWER_WITHIN_S", "READ_WITHIN_S", "Observer", "Snapshot", "StorageService"]
 
 READ_WITHIN_S = 2.0
+COUNT_PATIENCE_S = 0.2
 RETARGET_TRIES = 3
 WATCH_AGAIN_S = 2.0
 
@@ -38,6 +39,7 @@ class StorageService(Writer):
         """Find out what is true, recover what an earlier daemon left, begin to take events."""
         fs, clock = self._world.filesystem, self._world.clock
         self._loop = asyncio.get_running_loop()
+        self._world.preallocated.start()
         remembered = await self._in("upkeep", self._remember)
         job = remembered.job
         if job is not None and job.active and (told := await self._in("resize", self._runner.recover, job)):
@@ -47,6 +49,7 @@ class StorageService(Writer):
                 self._note(told)
         except StoragedError as error:
             self._note(f"could not prepare metadata for the balloon: {error.message}", warning=True)
+        await self._in("count", self._engine.count, COUNT_PATIENCE_S)  # on most filesystems that is enough
         space = await self._in("read", fs.space)
         self._publish(space)
         if not await self._in("read", fs.discard_supported):
@@ -63,10 +66,14 @@ class StorageService(Writer):
                 level=remembered.level,
                 report=remembered.report,
                 dirty_found=remembered.dirty_found,
+                reclaim_found=remembered.reclaim_found,
                 job=remembered.job,
             ),
             None,
         )
+        for text, warning in self._world.balloon.found:
+            self._note(text, warning=warning)
+        self._counting = asyncio.ensure_future(self._count())
         self._writer = asyncio.create_task(self._run(), name="storage writer")
 
     async def close(self) -> None:
@@ -112,6 +119,9 @@ class StorageService(Writer):
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
         self._writer = None
+        self._counting.cancel()
+        await asyncio.gather(self._counting, return_exceptions=True)
+        self._world.preallocated.close()
         self._world.resizer.close()
         for pool in self._threads.values():
             pool.shutdown(wait=False, cancel_futures=True)
@@ -287,9 +297,17 @@ class StorageService(Writer):
         """The present state with the space read anew, if the filesystem answers soon."""
         try:
             space = await asyncio.wait_for(self._in("read", self._world.filesystem.space), READ_WITHIN_S)
+            await asyncio.wait_for(self._in("count", self._engine.count, COUNT_PATIENCE_S), READ_WITHIN_S)
         except (StoragedError, TimeoutError):
             return self.snapshot
-        return replace(self.snapshot, space=space, wall=self._world.clock.wall())
+        engine = self._engine
+        return replace(
+            self.snapshot,
+            space=space,
+            unwritten=engine.unwritten,
+            reach=engine.reach(space),
+            wall=self._world.clock.wall(),
+        )
 
     async def watch(self, interval_s: float) -> AsyncIterator[Snapshot]:
         """The present state, then the state after every change, at most once in `interval_s`.

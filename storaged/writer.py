@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from storaged.balloon.engine import BalloonEngine
+from storaged.balloon.engine import BalloonEngine, Superseded
 from storaged.balloon.grant import Grant
 from storaged.balloon.target import calm, tight
 from storaged.core import events as ev
 from storaged.core import machine
-from storaged.core.model import Config, DirtyLimits, Space
+from storaged.core.model import Config, DirtyLimits, KernelReclaim, Space, Unwritten
 from storaged.core.ports import World
 from storaged.core.record import to_record
 from storaged.core.state import State
@@ -29,15 +29,18 @@ from storaged.errors import FilesystemError, StoragedError
 from storaged.resize.bounds import Bounds
 from storaged.resize.job import Job
 from storaged.resize.runner import ResizeRunner
-from storaged.units import format_size
+from storaged.units import MIB, format_size
 
 log = logging.getLogger(__name__)
 
 ANSWER_WITHIN_S = 15.0
 """A host gives 20 s: an answer must go out in time whatever the disk does."""
 MOST_NOTES = 64
+COUNT_PATIENCE_S = 0.5
+COUNT_AGAIN = 16 * MIB
+"""Data written or deleted after which preallocated extents are counted again, without a report of the host."""
 _KEEP_CHUNKS = False
-_THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "bounds", "state")
+_THREADS = ("balloon", "resize", "cancel", "upkeep", "read", "count", "bounds", "state")
 """What may wait for what: the journal and the limits never wait for a trim, nor a read for either, nor that for
 bounds, which wait for a balloon or a shrink at work."""
 
@@ -53,6 +56,7 @@ class Snapshot:
     notes: tuple[str, ...]
     balloon_target: int
     grant: Grant | None
+    unwritten: Unwritten
     reach: int
     """Bytes that the guest can still make the host's disk grow by."""
     inflated_total: int
@@ -93,6 +97,7 @@ class Writer:
         self._trimming = False
         self._closing = self._stopped = False
         self._halted = ""
+        self._counted_with = 0
         self._unsaved = ""
         """Why the journal could not be written the last time; empty when it was."""
         self._moved_total = 0
@@ -106,6 +111,15 @@ class Writer:
         """The last published state; costs nothing."""
         assert self._snapshot is not None, "start() comes first"
         return self._snapshot
+
+    def reach(self, space: Space) -> int:
+        """Host bytes that the guest can still take by any kind of write."""
+        return self._engine.reach(space)
+
+    @property
+    def unsaved(self) -> str:
+        """Why the journal could not be written the last time; empty when it was."""
+        return self._unsaved
 
     @property
     def world(self) -> World:
@@ -183,7 +197,7 @@ class Writer:
             case ev.HoldAvailable(limit, fresh):
                 self._hold(limit, fresh)
             case ev.Sample(adjust):
-                self._sample(adjust)
+                await self._sample(adjust)
             case ev.Trim():
                 if not self._trimming:
                     self._trimming = True
@@ -196,6 +210,11 @@ class Writer:
             case ev.RestoreDirtyLimits(limits):
                 await self._in("state", world.sysctl.set_dirty_limits, limits)
                 await self._process(ev.DirtyLimitsRestored(), None)
+            case ev.RuleOutReclaim():
+                await self._rule_out_reclaim()
+            case ev.RestoreReclaim(settings):
+                await self._in("state", world.filesystem.set_kernel_reclaim, settings)
+                await self._process(ev.ReclaimRestored(), None)
             case ev.StartResize(job):
                 self._spawn(self._in("resize", self._runner.run, job, self._tell, self._settle_after_job))
             case ev.CancelResize(job_id):
@@ -230,6 +249,7 @@ class Writer:
         """One at a time; of those that wait only the newest counts."""
         if self._holding:
             self._hold_next = [(limit, fresh)]
+            self._engine.superseded.set()
             return
         self._holding = True
         self._spawn(self._hold_until_done(limit, fresh))
@@ -237,15 +257,19 @@ class Writer:
     async def _hold_until_done(self, limit: int | None, fresh: bool) -> None:
         clock = self._world.clock
         while True:
-            event: ev.Event
+            event: ev.Event | None = None
+            self._engine.superseded.clear()
             try:
                 held = await self._in("balloon", partial(self._engine.hold, limit, fresh=fresh))
                 self._publish(held.space)
                 now = clock.monotonic()
                 event = ev.BalloonSettled(limit, held.size, now, tight(held.space), held.again, held.warning)
+            except Superseded:
+                pass  # the newer report waits below
             except Exception as error:  # noqa: BLE001  # whatever it is, the balloon is tried again
                 event = ev.BalloonFailed(limit, await self._balloon_size(), str(error), clock.monotonic())
-            self._post(event)
+            if event is not None:
+                self._post(event)
             if not self._hold_next:
                 self._holding = False
                 return
@@ -257,10 +281,14 @@ class Writer:
         except (StoragedError, OSError):
             return self._state.balloon.size
 
-    def _sample(self, adjust: bool) -> None:
+    async def _sample(self, adjust: bool) -> None:
         """Costs little; the balloon's thread is asked only when there is something to do."""
         world = self._world
         space = world.filesystem.space()
+        if abs(space.data_used - self._counted_with) >= COUNT_AGAIN:
+            self._counted_with = space.data_used
+            self._spawn(self._count())
+        await self._rule_out_reclaim()  # it may have been turned on since
         warning = self._warn_of_a_balance(space)
         if self._engine.must_act(space):
             self._spawn(self._sample_and_act(adjust))
@@ -279,6 +307,17 @@ class Writer:
             f" relocates, so the host's image can grow by up to {format_size(held)}"
         )
 
+    async def _count(self) -> None:
+        """Know what is preallocated and not written, for whoever asks how much can still reach the host."""
+        while not self._closing:
+            before = self._engine.unwritten
+            await self._in("count", self._engine.count, COUNT_PATIENCE_S)
+            if self._engine.unwritten.size != before.size or self._engine.unwritten.known != before.known:
+                self._publish()
+            if self._engine.unwritten.known:
+                return
+            await asyncio.sleep(COUNT_PATIENCE_S)
+
     async def _sample_and_act(self, adjust: bool) -> None:
         clock = self._world.clock
         try:
@@ -288,6 +327,14 @@ class Writer:
         else:
             self._publish(done.space)
             self._post(ev.BalloonSampled(done.size, done.relief, clock.monotonic(), done.tight, warning=done.warning))
+
+    async def _rule_out_reclaim(self) -> None:
+        found = self._world.filesystem.kernel_reclaim()
+        if found.active:
+            await self._process(ev.ReclaimFound(found), None)
+            if self._unsaved:
+                return  # a crash would leave it off: with the next sample
+            await self._in("state", self._world.filesystem.set_kernel_reclaim, KernelReclaim())
 
     async def _save(self) -> None:
         """Write the journal. While that fails no report is answered with SUCCESS: a crash would forget it."""
@@ -392,6 +439,7 @@ class Writer:
             notes=tuple(self._notes),
             balloon_target=self._engine.target,
             grant=self._engine.grant,
+            unwritten=self._engine.unwritten,
             reach=self._engine.reach(space),
             inflated_total=self._engine.inflated_total,
             deflated_total=self._engine.deflated_total,

@@ -18,7 +18,7 @@ from storaged.resize.job import JobState
 from storaged.runtime import StorageService
 from storaged.sim import MemoryJournal, SimDisk, SimSysctl, make_world
 from storaged.sim.system import FOUND
-from storaged.units import GIB, SECTOR
+from storaged.units import GIB, MIB, SECTOR
 from tests.rpc.conftest import QUICK, RealTime, until
 
 
@@ -37,6 +37,11 @@ class Guest:
         world = make_world(self.disk, clock=RealTime(), sysctl=self.sysctl, journal=self.journal)
         self.service = StorageService(world, self.config)
         return self.service
+
+    @property
+    def available(self) -> int:
+        """What applications can write."""
+        return self.service.world.filesystem.space().available
 
     @property
     def state(self) -> State:
@@ -110,11 +115,13 @@ async def test_a_report_that_nobody_waits_for_any_more_still_counts(guest: Guest
     assert await guest.service.report(Told.NORMAL, 3 * GIB) == ""
 
 
-async def test_a_journal_that_cannot_be_written_is_noted_and_stops_nothing(guest: Guest) -> None:
-    guest.disk.faults.fail("save", FilesystemError("no room for the journal", errno.ENOSPC))
-    assert await guest.service.report(Told.NORMAL, 3 * GIB) == ""
+async def test_a_limit_that_cannot_be_saved_is_held_and_no_success(guest: Guest) -> None:
+    guest.disk.faults.fail("save", FilesystemError("no room for the journal", errno.ENOSPC), times=2)
+    for _ in range(2):  # the second time nothing is new but what was not saved
+        assert "no room for the journal" in await guest.service.report(Told.NORMAL, 3 * GIB)
+        assert guest.available <= 2 * GIB + 64 * MIB, "held all the same"
     assert any("no room for the journal" in note for note in guest.service.snapshot.notes)
-    await guest.service.report(Told.NORMAL, 2 * GIB)
+    assert await guest.service.report(Told.NORMAL, 2 * GIB) == ""
     assert guest.journal.text is not None
     assert f'"limit": {GIB}' in guest.journal.text
 

@@ -100,14 +100,18 @@ def uninstall(stateful: str, state_dir: str) -> list[str]:
     done = []
     record = world.journal.load()
     if record is not None:
-        found = None
+        found = reclaim = None
         try:
-            found = from_record(record, 0.0).dirty_found
+            remembered = from_record(record, 0.0)
+            found, reclaim = remembered.dirty_found, remembered.reclaim_found
         except ValueError as error:
             done.append(f"journal cannot be believed ({error}): the write-back limits stay as they are")
         if found is not None:
             world.sysctl.set_dirty_limits(found)
             done.append("write-back limits restored")
+        if reclaim is not None:
+            world.filesystem.set_kernel_reclaim(reclaim)
+            done.append("the kernel's own reclaim is as it was found")
     held = world.balloon.size()
     world.balloon.remove()
     world.filesystem.sync()

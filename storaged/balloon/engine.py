@@ -17,7 +17,7 @@ from storaged.balloon import grant as gr
 from storaged.balloon import target
 from storaged.balloon.grant import Grant
 from storaged.balloon.metadata import MetadataCare
-from storaged.core.model import Space
+from storaged.core.model import Space, Unwritten
 from storaged.core.ports import BalloonFile, Filesystem, Preallocated
 from storaged.errors import FilesystemError, Kind
 from storaged.resize.layout import Chunk, Layout, Longest
@@ -25,6 +25,8 @@ from storaged.units import MIB, SECTOR, format_size
 
 MOST_MOVES = 64
 """Moves per call: an idle filesystem needs under ten; bounds one call under continuous writes."""
+MOST_AT_ONCE = 256 << 30
+"""Bytes of one inflation, so that a newer limit need not wait for all of it."""
 BUSY_WAIT_S = 2.0
 BUSY_POLL_S = 0.02
 LOOK_PATIENCE_S = 0.5
@@ -66,6 +68,13 @@ class Sampled:
     warning: str = ""
 
 
+class Superseded(FilesystemError):  # not an error of anybody's
+    """A newer limit is to be held: this one was given up on the way."""
+
+    def __init__(self) -> None:
+        super().__init__("a newer limit has come", errno.EAGAIN, Kind.BUSY)
+
+
 class BalloonEngine:
     """Owns the balloon file of one filesystem."""
 
@@ -76,9 +85,13 @@ class BalloonEngine:
         self._metadata = MetadataCare(filesystem, balloon)
         self.lock = threading.RLock()
         """Held by whoever moves the balloon or starts a balance; by the resize runner during each of its steps."""
+        self.superseded = threading.Event()
+        """Set while a newer limit waits: inflating many TiB takes the kernel longer than a host waits."""
         self.inflated_total = 0
         self.deflated_total = 0
         self.target = 0
+        self.unwritten = Unwritten(0, known=False)
+        """The last count of applications' preallocated, unwritten extents."""
         self._held = 0
         """Bytes of the balloon as of the last call; for samples, which must be cheap."""
         self._left_out = 0
@@ -97,9 +110,13 @@ class BalloonEngine:
         """Bytes the balloon holds now."""
         return self._balloon.size()
 
+    def count(self, patience_s: float) -> None:
+        """Count the preallocated, unwritten extents, for whoever wants to know; the grant stays as it is."""
+        self.unwritten = self._preallocated.look(self._balloon.root_id, patience_s)
+
     def reach(self, space: Space) -> int:
         """Host bytes that the guest can still take, by any kind of write: data, preallocated extents, metadata."""
-        unwritten = self._grant.unwritten if self._grant is not None else 0
+        unwritten = self._bounded(self.unwritten, space, self._held)
         metadata = 0 if space.mixed else max(space.metadata_total - space.metadata_used, 0) * space.metadata_copies
         return space.available * space.data_copies + unwritten + metadata
 
@@ -152,7 +169,9 @@ class BalloonEngine:
     def _count_again(self, limit: int) -> None:
         """What is preallocated, where that was not known yet or stands in the way."""
         grant = self._grant
-        if grant is None or grant.spent is None:  # after a restart it is not known what was spent: nothing is given back
+        if (
+            grant is None or grant.spent is None
+        ):  # after a restart it is not known what was spent: nothing is given back
             unwritten, known = self._unwritten(self._fs.space(), LOOK_PATIENCE_S if grant is None else 0)
             self._grant = Grant(limit, None, unwritten if known else 0, known)
         elif not grant.known or grant.overcommitted:
@@ -164,9 +183,11 @@ class BalloonEngine:
 
     def _unwritten(self, space: Space, patience_s: float) -> tuple[int, bool]:
         """Host bytes of preallocated, unwritten extents and whether that is known; else the most it can be."""
-        seen = self._preallocated.look(self._balloon.root_id, patience_s)
-        most = max(space.data_used - self._balloon.size(), 0)
-        return (seen.size if seen.known else most) * space.data_copies, seen.known
+        self.count(patience_s)
+        return self._bounded(self.unwritten, space, self._balloon.size()), self.unwritten.known
+
+    def _bounded(self, seen: Unwritten, space: Space, held: int) -> int:
+        return (seen.size if seen.known else max(space.data_used - held, 0)) * space.data_copies
 
     def _left(self, space: Space) -> int:
         """Host bytes of the grant that may still be free at the moment of `space`."""
@@ -378,8 +399,10 @@ class BalloonEngine:
         most = space.size  # the largest inflation that is still worth trying after an ENOSPC
         until = time.monotonic() + BUSY_WAIT_S
         for _ in range(MOST_MOVES):
+            if self.superseded.is_set():
+                raise Superseded
             held, limit = self._balloon.size(), self._allowed(space)
-            by = min(target.next_move(space, held, limit).by, most)
+            by = min(target.next_move(space, held, limit).by, most, max(MOST_AT_ONCE, space.size // 32))
             self.target = max(held + goal_gap(space, limit), 0)
             over = space.available > target.ceiling(space, limit)
             if over and (space.exclusive_operation != "none" if by > 0 else space.data_readonly and not by):
@@ -485,13 +508,13 @@ class BalloonEngine:
             return
         if not grant.known:
             text = (
-                f"preallocated files are still being counted; up to {grant.unwritten} bytes may be unwritten in them,"
-                f" {grant.limit} are allowed: until that is known, nothing more can be written"
+                f"preallocated files are still being counted; up to {format_size(grant.unwritten)} may be unwritten in"
+                f" them, {format_size(grant.limit)} are allowed: until that is known, nothing more can be written"
             )
             raise FilesystemError(text, errno.EAGAIN, Kind.BUSY)
         text = (
-            f"applications have preallocated {grant.unwritten} bytes that they have not written yet, {grant.limit} are"
-            " allowed: nothing more can be written, but these can"
+            f"applications have preallocated {format_size(grant.unwritten)} that they have not written yet,"
+            f" {format_size(grant.limit)} are allowed: nothing more can be written, but these can"
         )
         raise FilesystemError(text, errno.ENOSPC)
 

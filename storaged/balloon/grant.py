@@ -68,4 +68,4 @@ def counted_again(grant: Grant, spent: int, unwritten: int, *, device_written: i
     What reached the host since the report is at most what was written to the device, so that is what it has cost.
     """
     limit = max(grant.limit - max(device_written - grant.device_written, 0), 0)
-    return Grant(limit, spent, unwritten, True, device_written)
+    return Grant(limit, spent, unwritten, device_written=device_written)

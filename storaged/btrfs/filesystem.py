@@ -13,7 +13,7 @@ from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYST
 
 from storaged.btrfs import ioctl, search
 from storaged.btrfs.swap import pinned_ranges
-from storaged.core.model import Space
+from storaged.core.model import KernelReclaim, Space
 from storaged.core.trim import ChunkRange, is_safe, pieces
 from storaged.errors import FilesystemError, Kind, Unsupported
 from storaged.resize.layout import Chunk, Layout
@@ -27,6 +27,9 @@ MOST_SUPERBLOCKS = 3 * 64 * KIB
 """What copies of the superblock cover counts as read-only for ever (exclude_super_stripes, fs/btrfs/block-group.c)."""
 DEVICE_RANGE_RESERVED = MIB
 """BTRFS_DEVICE_RANGE_RESERVED: never part of a chunk."""
+
+
+_RECLAIM = ("bg_reclaim_threshold", "dynamic_reclaim", "periodic_reclaim")
 
 
 @contextmanager
@@ -240,6 +243,21 @@ class BtrfsFilesystem:
             return self._number("discard/discardable_bytes")
         except OSError:
             return None
+
+    def kernel_reclaim(self) -> KernelReclaim:
+        return KernelReclaim(*(self._setting(name) for name in _RECLAIM))
+
+    def _setting(self, name: str) -> int:
+        try:
+            return self._number(f"allocation/data/{name}")
+        except OSError:
+            return 0  # mixed block groups, or an older kernel
+
+    def set_kernel_reclaim(self, settings: KernelReclaim) -> None:
+        for name, value in zip(_RECLAIM, (settings.threshold, settings.dynamic, settings.periodic), strict=True):
+            if value != self._setting(name):
+                with kernel(f"setting {name}"), open(f"{self._sysfs}/allocation/data/{name}", "wb", 0) as file:
+                    file.write(b"%d" % value)
 
     def device_written(self) -> int:
         with kernel("reading the device's statistics"), open(f"{self._block}/stat", encoding="ascii") as file:

@@ -179,7 +179,22 @@ def release_requested(state: State, event: ev.ReleaseRequested) -> Result:
         guard_at=None,
     )
     state, restoring = act(replace(state, balloon=balloon, pressure=pr.Pressure(), report=None), Level.NORMAL, event.at)
-    return state, (ev.HoldAvailable(None), *restoring, ev.Save())
+    reclaim = () if state.reclaim_found is None else (ev.RestoreReclaim(state.reclaim_found),)
+    return state, (ev.HoldAvailable(None), *restoring, *reclaim, ev.Save())
+
+
+def reclaim_found(state: State, event: ev.ReclaimFound) -> Result:
+    note = ev.Note(
+        f"the kernel relocates data chunks by itself (bg_reclaim_threshold {event.settings.threshold}, dynamic_reclaim"
+        f" {event.settings.dynamic}, periodic_reclaim {event.settings.periodic}), which writes the balloon's extents:"
+        " turned off until the balloon is released",
+        warning=True,
+    )
+    return replace(state, reclaim_found=state.reclaim_found or event.settings), (ev.Save(), note)
+
+
+def reclaim_restored(state: State, event: ev.ReclaimRestored) -> Result:
+    return replace(state, reclaim_found=None), (ev.Save(),)
 
 
 def dirty_limits_found(state: State, event: ev.DirtyLimitsFound) -> Result:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from storaged.core.model import DirtyLimits, HostReport, Level
+from storaged.core.model import DirtyLimits, HostReport, KernelReclaim, Level
 from storaged.errors import Kind
 from storaged.resize.job import Job
 
@@ -175,6 +175,7 @@ class Recovered:
     level: Level | None = None
     report: HostReport | None = None
     dirty_found: DirtyLimits | None = None
+    reclaim_found: KernelReclaim | None = None
     job: Job | None = None
 
 
@@ -188,6 +189,18 @@ class DirtyLimitsFound:
 @dataclass(frozen=True, slots=True)
 class DirtyLimitsRestored:
     """The write-back limits are as they were found."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimFound:
+    """The kernel relocates chunks by itself, as `settings` say."""
+
+    settings: KernelReclaim
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimRestored:
+    """The kernel relocates chunks as it was found to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +234,8 @@ Event = (
     | Recovered
     | DirtyLimitsFound
     | DirtyLimitsRestored
+    | ReclaimFound
+    | ReclaimRestored
     | Trimmed
     | ReleaseRequested
 )
@@ -266,6 +281,18 @@ class RestoreDirtyLimits:
     """Set the write-back limits to exactly `limits`, and report that it was done."""
 
     limits: DirtyLimits
+
+
+@dataclass(frozen=True, slots=True)
+class RuleOutReclaim:
+    """Stop the kernel from relocating chunks: the balloon's extents would be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReclaim:
+    """Let the kernel relocate chunks as `settings` say, and report that it was done."""
+
+    settings: KernelReclaim
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +367,8 @@ Effect = (
     | Trim
     | SetDirtyLimits
     | RestoreDirtyLimits
+    | RuleOutReclaim
+    | RestoreReclaim
     | StartResize
     | CancelResize
     | Sync

@@ -75,6 +75,7 @@ def _recovered(state: State, event: ev.Recovered) -> Result:
         pressure=pr.Pressure(level, known=event.report is not None),
         report=event.report,
         dirty_found=event.dirty_found,
+        reclaim_found=event.reclaim_found,
         trimmed_at=event.at if level is not Level.NORMAL else None,
         balloon=replace(state.balloon, limit=limit, size=event.balloon),
     )
@@ -104,6 +105,7 @@ def _recovered(state: State, event: ev.Recovered) -> Result:
     # After a reboot the limits are the kernel's own again; after a crash this changes nothing.
     state, acting = bl.act(state, level, event.at)
     effects += [effect for effect in acting if not isinstance(effect, ev.Trim | ev.Sync)]
+    effects.append(ev.RuleOutReclaim())
     effects.append(ev.Save())
     state, retry = bl.retry(state)
     return state, (*effects, *retry)
@@ -129,6 +131,8 @@ HANDLERS: dict[type[ev.Event], Callable[[State, Any], Result]] = {
     ev.ReleaseRequested: bl.release_requested,
     ev.DirtyLimitsFound: bl.dirty_limits_found,
     ev.DirtyLimitsRestored: bl.dirty_limits_restored,
+    ev.ReclaimFound: bl.reclaim_found,
+    ev.ReclaimRestored: bl.reclaim_restored,
     ev.Trimmed: bl.trimmed,
     ev.ResizeRequested: rs.resize_requested,
     ev.CancelRequested: rs.cancel_requested,

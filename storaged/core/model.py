@@ -111,6 +111,24 @@ class DirtyLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelReclaim:
+    """When the kernel relocates data chunks by itself (sysfs `allocation/data/`). It writes what it relocates.
+
+    `threshold`: `bg_reclaim_threshold`, in percent (since Linux 5.19; off by default but on zoned devices). `dynamic`
+    and `periodic`: `dynamic_reclaim` and `periodic_reclaim` (since 6.11, off by default). 0 where the kernel has none.
+    """
+
+    threshold: int = 0
+    dynamic: int = 0
+    periodic: int = 0
+
+    @property
+    def active(self) -> bool:
+        """True when the kernel relocates anything."""
+        return bool(self.threshold or self.dynamic or self.periodic)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """How the engine decides."""
 

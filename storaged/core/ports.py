@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from storaged.core.model import DirtyLimits, Space, Unwritten
+from storaged.core.model import DirtyLimits, KernelReclaim, Space, Unwritten
 from storaged.resize.layout import Layout
 
 
@@ -51,6 +51,12 @@ class Filesystem(Protocol):
 
     def untrimmed(self) -> int | None:
         """Freed bytes whose discard is still queued; None when the kernel does not say."""
+
+    def kernel_reclaim(self) -> KernelReclaim:
+        """When the kernel relocates data chunks by itself; microseconds, never blocks."""
+
+    def set_kernel_reclaim(self, settings: KernelReclaim) -> None:
+        """Change that, until the filesystem is unmounted."""
 
     def device_written(self) -> int:
         """Bytes written to the device since it appeared; rewriting a block counts again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from storaged.core.model import DirtyLimits, HostReport, Level, Told
+from storaged.core.model import DirtyLimits, HostReport, KernelReclaim, Level, Told
 from storaged.core.state import State
 from storaged.resize.job import Job, JobState
 
@@ -20,6 +20,7 @@ class Remembered:
     level: Level | None = None
     report: HostReport | None = None
     dirty_found: DirtyLimits | None = None
+    reclaim_found: KernelReclaim | None = None
     job: Job | None = None
 
 
@@ -32,6 +33,7 @@ def to_record(state: State) -> dict[str, object]:
         "level": state.pressure.level.name,
         "report": None if report is None else {"told": report.told.name, "free": report.free, "wall": report.wall},
         "dirty_found": None if state.dirty_found is None else asdict(state.dirty_found),
+        "reclaim_found": None if state.reclaim_found is None else asdict(state.reclaim_found),
         # Progress is not written: it changes too often, and the filesystem itself tells what is true.
         "job": None
         if job is None
@@ -64,6 +66,7 @@ def from_record(record: dict[str, Any], now: float) -> Remembered:
             dirty_found=None
             if dirty is None
             else DirtyLimits(**{field.name: _natural(dirty[field.name]) for field in fields(DirtyLimits)}),
+            reclaim_found=_reclaim(record.get("reclaim_found")),  # earlier versions had none
             job=None
             if job is None
             else Job(
@@ -81,6 +84,12 @@ def from_record(record: dict[str, Any], now: float) -> Remembered:
         )
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"not a journal of this program: {error!r}") from error
+
+
+def _reclaim(found: dict[str, object] | None) -> KernelReclaim | None:
+    if found is None:
+        return None
+    return KernelReclaim(**{field.name: _natural(found[field.name]) for field in fields(KernelReclaim)})
 
 
 def _natural(value: object) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from storaged.core import events as ev
 from storaged.core import pressure as pr
-from storaged.core.model import Config, DirtyLimits, HostReport
+from storaged.core.model import Config, DirtyLimits, HostReport, KernelReclaim
 from storaged.resize import job as jb
 
 
@@ -68,6 +68,7 @@ class State:
     ignored_reports: int = 0
     balloon: Balloon = field(default_factory=Balloon)
     dirty_found: DirtyLimits | None = None
+    reclaim_found: KernelReclaim | None = None
     restore_at: float | None = None  # the write-back limits could not be put back: try again then
     trimmed_at: float | None = None
     reclaimed: int = 0

@@ -179,6 +179,11 @@ def balloon(report: pb.Report) -> list[Row]:
     if held.failure_reason:
         retry = f"; next try in {format_duration(held.retry_in_s)}" if held.HasField("retry_in_s") else ""
         rows.append(Row("", held.failure_reason + retry, "bad"))
+    if held.warning:
+        rows.append(Row("", held.warning, "warn"))
+    if held.unwritten_bytes:
+        text = f"{format_size(held.unwritten_bytes)} preallocated by applications and not written yet"
+        rows.append(Row("", f"{text}; at most {format_size(held.may_write_bytes)} can still reach the host"))
     if held.metadata_relief_bytes:
         rows.append(Row("", f"gave up {format_size(held.metadata_relief_bytes)} so that metadata can grow", "warn"))
     return rows

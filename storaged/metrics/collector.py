@@ -101,6 +101,10 @@ class StorageCollector:
             "storaged_balloon_reaction_seconds": {
                 PLAIN: Distribution(REACTION_BUCKETS, list(self._reactions), self._reacted_s)
             },
+            "storaged_unwritten_bytes": _maybe(
+                snapshot.unwritten.size * space.data_copies if snapshot.unwritten.known else None
+            ),
+            "storaged_may_write_bytes": _maybe(self._storage.reach(space)),
             "storaged_filesystem_size_bytes": _maybe(self._storage.current_size()),
             "storaged_filesystem_available_bytes": _maybe(space.available),
             "storaged_filesystem_min_size_bytes": _maybe(None if bounds is None else bounds.minimum),

@@ -7,6 +7,7 @@ from storaged.metrics.family import Family, Type
 from storaged.resize.job import JobState
 
 TOLD = "once the host has told"
+COUNTED = "once preallocated files have been counted"
 BOUNDED = "once somebody asked for the bounds"
 RUNNING = "while a job runs"
 ESTIMATED = "while a job runs and its rate is known"
@@ -63,6 +64,13 @@ GUEST = (
         _H,
         "Time from a host's report to the balloon at its target",
     ),
+    Family(
+        "storaged_unwritten_bytes",
+        _G,
+        "Bytes that applications have preallocated and not written, on the host's disk",
+        present=COUNTED,
+    ),
+    Family("storaged_may_write_bytes", _G, "The most that can still reach the host's disk, by any kind of write"),
     Family("storaged_filesystem_size_bytes", _G, "Size of the filesystem"),
     Family("storaged_filesystem_available_bytes", _G, "Bytes of data that applications can still write"),
     Family("storaged_filesystem_min_size_bytes", _G, "Smallest size a shrink was last known to reach", present=BOUNDED),

@@ -130,6 +130,9 @@ class Storage(storaged_v1_pb2_grpc.StorageServicer):
             inflated_bytes_total=snapshot.inflated_total,
             deflated_bytes_total=snapshot.deflated_total,
             metadata_relief_bytes=balloon.relief,
+            unwritten_bytes=snapshot.unwritten.size * snapshot.space.data_copies if snapshot.unwritten.known else None,
+            may_write_bytes=snapshot.reach,
+            warning=balloon.warning or self._storage.unsaved,
         )
 
 

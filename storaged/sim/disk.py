@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from storaged.core.model import KernelReclaim
 from storaged.sim.faults import Faults
 from storaged.units import GIB, MIB, SECTOR, sector_floor
 
@@ -45,6 +46,7 @@ class SimDisk:
         self.untrimmable = 0  # of it, what no trim may hold back now
         self.written = 0
         self.device_written = 0
+        self.kernel_reclaim = KernelReclaim()
         self.unwritten = 0  # preallocated by applications; part of what their chunks hold
         self.speed: float | None = None  # bytes a second that a shrink moves; None is at once
         self.cancelled = threading.Event()

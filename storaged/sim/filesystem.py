@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from contextlib import AbstractContextManager, nullcontext
 
-from storaged.core.model import Space, Unwritten
+from storaged.core.model import KernelReclaim, Space, Unwritten
 from storaged.errors import FilesystemError, Kind
 from storaged.resize.layout import Chunk, Layout
 from storaged.sim.disk import SimChunk, SimDisk
@@ -87,6 +87,13 @@ class SimFilesystem:
 
     def untrimmed(self) -> int | None:
         return self.disk.untrimmed
+
+    def kernel_reclaim(self) -> KernelReclaim:
+        return self.disk.kernel_reclaim
+
+    def set_kernel_reclaim(self, settings: KernelReclaim) -> None:
+        self.disk.faults.meet("set_kernel_reclaim")
+        self.disk.kernel_reclaim = settings
 
     def device_written(self) -> int:
         return self.disk.device_written

