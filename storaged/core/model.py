@@ -81,6 +81,20 @@ class Space:
 
 
 @dataclass(frozen=True, slots=True)
+class Unwritten:
+    """Preallocated extents of applications that are not written yet: they can be, also while the filesystem is full.
+
+    Logical bytes; what several files or snapshots share counts once. While it is not `known`, `size` is what was
+    found so far. `files` counts each snapshot's own; `scanned` is the number of items read since the scan began.
+    """
+
+    size: int
+    known: bool
+    files: int = 0
+    scanned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class DirtyLimits:
     """The kernel's write-back limits. Of each pair the one that is not in force reads 0 (vm.dirty_*)."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from storaged.core.model import DirtyLimits, Space
+from storaged.core.model import DirtyLimits, Space, Unwritten
 from storaged.resize.layout import Layout
 
 
@@ -104,6 +104,23 @@ class Resizer(Protocol):
 
     def close(self) -> None:
         """End the process."""
+
+
+class Preallocated(Protocol):
+    """What applications have preallocated and not written, in all subvolumes but the balloon's."""
+
+    def start(self) -> None:
+        """Begin the first scan, in the background and at idle priority."""
+
+    def look(self, balloon_root: int, patience_s: float) -> Unwritten:
+        """What it comes to now; not known before the first scan is complete, and when it takes over `patience_s`.
+
+        `balloon_root` is the id of the balloon's subvolume, 0 when there is none. Its extents are not counted, also
+        where a snapshot shares them. Any thread; never raises.
+        """
+
+    def close(self) -> None:
+        """End the scan and its process."""
 
 
 class Sysctl(Protocol):

@@ -2,6 +2,7 @@
 
 from storaged.sim.disk import SimDisk
 from storaged.sim.filesystem import SimBalloonFile, SimFilesystem
+from storaged.sim.prealloc import SimPreallocated
 from storaged.sim.resizer import SimResizer
 from storaged.sim.system import MemoryJournal, SimClock, SimSysctl
 from storaged.sim.world import make_world
@@ -12,6 +13,7 @@ __all__ = [
     "SimClock",
     "SimDisk",
     "SimFilesystem",
+    "SimPreallocated",
     "SimResizer",
     "SimSysctl",
     "make_world",
