@@ -21,6 +21,7 @@ How it stays correct without reading everything at every look:
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import errno
@@ -140,7 +141,7 @@ class Subvolume(NamedTuple):
     files: Files
     since: int
     probed: int = 0
-    """Where the next lookup of known inodes begins."""
+    """The inode after which the next lookup of known ones begins."""
 
 
 class Listing:
@@ -418,10 +419,10 @@ class Scanner:
             one = found[tree]
             inodes = list(one.files)
             if total > probes and inodes:
-                share = max(probes * len(inodes) // total, 1)
-                start = one.probed % len(inodes)
-                inodes = inodes[start : start + share]
-                one = one._replace(probed=start + share)
+                inodes.sort()
+                start = bisect.bisect_right(inodes, one.probed) % len(inodes)
+                inodes = inodes[start : start + max(probes * len(inodes) // total, 1)]
+                one = one._replace(probed=inodes[-1])
             with contextlib.suppress(FileNotFoundError):
                 found[tree] = one._replace(files=self._again(tree, one.files, inodes, whole=False))
 
