@@ -89,9 +89,10 @@ class Space:
 
 @dataclass(frozen=True, slots=True)
 class Unwritten:
-    """Preallocated, unwritten extents of applications: `size` bytes in `files` files.
+    """Preallocated extents of applications that are not written yet: they can be, also while the filesystem is full.
 
-    While not `known`, `size` is only what was found so far in `scanned` items.
+    Logical bytes; what several files or snapshots share counts once. While it is not `known`, `size` is what was
+    found so far. `files` counts each snapshot's own; `scanned` is the number of items read since the scan began.
     """
 
     size: int

@@ -74,19 +74,6 @@ class Filesystem(Protocol):
         """Replace small metadata chunks by one of the kernel's present size."""
 
 
-class Preallocated(Protocol):
-    """Counts the preallocated, unwritten extents of applications."""
-
-    def start(self) -> None:
-        """Begin the first count, in the background at idle priority."""
-
-    def look(self, balloon_root: int, patience_s: float) -> Unwritten:
-        """What there is now, without the subvolume `balloon_root`; `known` is False when that takes longer."""
-
-    def close(self) -> None:
-        """Stop counting."""
-
-
 class BalloonFile(Protocol):
     """The file whose extents are the balloon."""
 
@@ -141,6 +128,23 @@ class Resizer(Protocol):
 
     def close(self) -> None:
         """End the process."""
+
+
+class Preallocated(Protocol):
+    """What applications have preallocated and not written, in all subvolumes but the balloon's."""
+
+    def start(self) -> None:
+        """Begin the first scan, in the background and at idle priority."""
+
+    def look(self, balloon_root: int, patience_s: float) -> Unwritten:
+        """What it comes to now; not known before the first scan is complete, and when it takes over `patience_s`.
+
+        `balloon_root` is the id of the balloon's subvolume, 0 when there is none. Its extents are not counted, also
+        where a snapshot shares them. Any thread; never raises.
+        """
+
+    def close(self) -> None:
+        """End the scan and its process."""
 
 
 class Sysctl(Protocol):

@@ -1,7 +1,8 @@
 """The ports in memory, with faults: powers tests, `--sim` and the fleet simulation."""
 
 from storaged.sim.disk import SimDisk
-from storaged.sim.filesystem import SimBalloonFile, SimFilesystem, SimPreallocated
+from storaged.sim.filesystem import SimBalloonFile, SimFilesystem
+from storaged.sim.prealloc import SimPreallocated
 from storaged.sim.resizer import SimResizer
 from storaged.sim.system import MemoryJournal, SimClock, SimSysctl
 from storaged.sim.world import make_world

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from contextlib import AbstractContextManager, nullcontext
 
-from storaged.core.model import KernelReclaim, Space, Unwritten
+from storaged.core.model import KernelReclaim, Space
 from storaged.errors import FilesystemError, Kind
 from storaged.resize.layout import Chunk, Layout
 from storaged.sim.disk import SimChunk, SimDisk
@@ -186,22 +186,3 @@ class SimBalloonFile:
         with self.disk.lock:
             for chunk in self.disk.chunks:
                 chunk.held = 0
-
-
-class SimPreallocated:
-    """`core.ports.Preallocated` on a SimDisk: what was preallocated there, and whether it is `known` yet."""
-
-    def __init__(self, disk: SimDisk) -> None:
-        self.disk = disk
-        self.known = True
-
-    def start(self) -> None:
-        """There is nothing to begin."""
-
-    def look(self, balloon_root: int, patience_s: float) -> Unwritten:  # noqa: ARG002  # known at once
-        self.disk.faults.meet("look")
-        with self.disk.lock:
-            return Unwritten(self.disk.unwritten if self.known else 0, self.known, int(self.disk.unwritten > 0))
-
-    def close(self) -> None:
-        """There is nothing to stop."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from storaged.core.ports import Clock, JournalStore, World
 from storaged.sim.disk import SimDisk
-from storaged.sim.filesystem import SimBalloonFile, SimFilesystem, SimPreallocated
+from storaged.sim.filesystem import SimBalloonFile, SimFilesystem
+from storaged.sim.prealloc import SimPreallocated
 from storaged.sim.resizer import SimResizer
 from storaged.sim.system import MemoryJournal, SimClock, SimSysctl
 
