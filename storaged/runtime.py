@@ -38,6 +38,8 @@ class StorageService(Writer):
         """Find out what is true, recover what an earlier daemon left, begin to take events."""
         fs, clock = self._world.filesystem, self._world.clock
         self._loop = asyncio.get_running_loop()
+        for text, warning in self._world.balloon.found:
+            self._note(text, warning=warning)
         remembered = await self._in("upkeep", self._remember)
         job = remembered.job
         if job is not None and job.active and (told := await self._in("resize", self._runner.recover, job)):
@@ -115,6 +117,12 @@ class StorageService(Writer):
         self._world.resizer.close()
         for pool in self._threads.values():
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def abandon(self) -> None:
+        """After a `start` that failed: let go of everything, the world's files included."""
+        for pool in self._threads.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._world.close()
 
     async def report(self, told: Told, free: int) -> str:
         """A host report; empty when applications are held to it, else the reason why not (yet)."""

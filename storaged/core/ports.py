@@ -64,6 +64,14 @@ class Filesystem(Protocol):
 class BalloonFile(Protocol):
     """The file whose extents are the balloon."""
 
+    @property
+    def root_id(self) -> int:
+        """The id of the subvolume it lies in; 0 when there is none (yet)."""
+
+    @property
+    def found(self) -> list[tuple[str, bool]]:
+        """What was noticed when it was opened, a sentence each, and whether that is a warning."""
+
     def size(self) -> int:
         """Bytes it holds now, without waiting for a commit."""
 
@@ -143,3 +151,10 @@ class World:
     simulated: bool = False
     poll_s: float = 0.1
     """How often a running resize is looked at."""
+
+    def close(self) -> None:
+        """Let go of what the real ports hold open: the filesystem can be unmounted afterwards."""
+        for port in (self.resizer, self.balloon, self.filesystem):
+            close = getattr(port, "close", None)
+            if close is not None:
+                close()

@@ -120,8 +120,11 @@ class SimFilesystem:
 class SimBalloonFile:
     """`core.ports.BalloonFile` on a SimDisk; what it holds is on the disk, so it survives its owner."""
 
+    root_id = 0
+
     def __init__(self, disk: SimDisk) -> None:
         self.disk = disk
+        self.found: list[tuple[str, bool]] = []
 
     def size(self) -> int:
         with self.disk.lock:
