@@ -5,87 +5,38 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
-from lab.daemon import Daemon
-from lab.loop import Guest, fill, run
+from lab.loop import fill, run
 from storaged import check
 from storaged.balloon.file import BtrfsBalloonFile
 from storaged.btrfs import ioctl
 from storaged.errors import FilesystemError
-from storaged.rpc.proto import common_pb2, vm_guest_pb2
+from storaged.rpc.proto import vm_guest_pb2
 from storaged.units import GIB, MIB
 from tests.btrfs import support
 from tests.btrfs.conftest import MakeDaemon, MakeGuest
+from tests.btrfs.subvolumes import in_subvolume, open_balloon, roll_back, room_of, said, top_level
 from tests.btrfs.support import SUBVOLUME, available, report_for
 
 pytestmark = pytest.mark.btrfs
 NEAR = 4 * MIB
 
 
-def _in_subvolume(guest: Guest, name: str = "@") -> Guest:
-    """The same guest, mounted with `subvol=@` as distributions do."""
-    run("btrfs", "-q", "subvolume", "create", guest.mountpoint / name)
-    guest.unmount()
-    guest.mount_options = f"subvol={name}"
-    guest.mount()
-    return guest
-
-
-@contextlib.contextmanager
-def _top(guest: Guest) -> Iterator[Path]:
-    """The top-level subvolume, mounted beside it."""
-    path = guest.image.parent / "top"
-    path.mkdir(exist_ok=True)
-    run("mount", "-o", "subvolid=5", guest.device, path)
-    try:
-        yield path
-    finally:
-        run("umount", path)
-
-
-def _roll_back(guest: Guest, *, stub: bool = True) -> None:
-    """What snapshot tools do: the old root is moved away, a snapshot of it takes its place."""
-    guest.unmount()
-    with _top(guest) as top:
-        (top / "@").rename(top / "@old")
-        run("btrfs", "-q", "subvolume", "snapshot", top / "@old", top / "@")
-        if not stub:
-            (top / "@" / SUBVOLUME).rmdir()
-    guest.mount()
-
-
-def _held(directory: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in directory.iterdir()) if directory.exists() else 0
-
-
-@contextlib.contextmanager
-def _balloon(guest: Guest) -> Iterator[BtrfsBalloonFile]:
-    with contextlib.closing(BtrfsBalloonFile(str(guest.mountpoint))) as balloon:
-        yield balloon
-
-
-def _said(balloon: BtrfsBalloonFile, *, warning: bool) -> str:
-    return "\n".join(text for text, warns in balloon.found if warns is warning)
-
-
 # --- stubs ----------------------------------------------------------------------------------------------------
 
 
 def test_a_rollback_leaves_a_stub_and_the_balloon_comes_back(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
-    guest = _in_subvolume(make_guest(GIB))
+    guest = in_subvolume(make_guest(GIB))
     fill(guest.mountpoint / "data", 50 * MIB)
     support.sync(guest)
     daemon = make_daemon(guest)
     assert daemon.report_free(report_for(200 * MIB)) == vm_guest_pb2.SUCCESS
     size = support.held(guest)
     daemon.stop()
-    _roll_back(guest)
+    roll_back(guest)
     assert (guest.mountpoint / SUBVOLUME).stat().st_ino == 2
     again = make_daemon(guest)
     assert abs(support.held(guest) - size) <= NEAR
@@ -95,7 +46,7 @@ def test_a_rollback_leaves_a_stub_and_the_balloon_comes_back(make_guest: MakeGue
         assert again.report_free(report_for(limit)) == vm_guest_pb2.SUCCESS
         assert abs(available(guest) - limit) <= NEAR
     assert again.stop() == 0
-    with _top(guest) as top:
+    with top_level(guest) as top:
         assert not (top / "@old" / SUBVOLUME).exists()
 
 
@@ -112,9 +63,9 @@ def test_what_a_backup_restored_is_removed(empty: bool, make_guest: MakeGuest) -
         (guest.mountpoint / SUBVOLUME).mkdir()
     else:
         _from_tar(guest.mountpoint / SUBVOLUME)
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         assert not (guest.mountpoint / SUBVOLUME).exists()
-        assert SUBVOLUME in _said(balloon, warning=False)
+        assert SUBVOLUME in said(balloon, warning=False)
         balloon.extend(50 * MIB)
         assert (guest.mountpoint / SUBVOLUME).stat().st_ino == 256
 
@@ -147,12 +98,12 @@ def test_a_directory_that_only_looks_alike_stays(
     guest = make_guest(GIB)
     make(guest.mountpoint / SUBVOLUME)  # type: ignore[operator]
     there = sorted(path.name for path in (guest.mountpoint / SUBVOLUME).iterdir())
-    with _balloon(guest) as balloon:
-        assert "in the way" in _said(balloon, warning=True)
-        assert f"{SUBVOLUME}-1" in _said(balloon, warning=True)
+    with open_balloon(guest) as balloon:
+        assert "in the way" in said(balloon, warning=True)
+        assert f"{SUBVOLUME}-1" in said(balloon, warning=True)
         balloon.extend(50 * MIB)
     assert sorted(path.name for path in (guest.mountpoint / SUBVOLUME).iterdir()) == there
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         assert balloon.size() == 50 * MIB, "found again under its other name"
         assert balloon.root_id
         balloon.remove()
@@ -161,16 +112,16 @@ def test_a_directory_that_only_looks_alike_stays(
 
 
 def test_what_is_only_looked_at_stays(make_guest: MakeGuest) -> None:
-    guest = _in_subvolume(make_guest(GIB))
-    with _balloon(guest) as balloon:
+    guest = in_subvolume(make_guest(GIB))
+    with open_balloon(guest) as balloon:
         balloon.extend(100 * MIB)
-    _roll_back(guest)
+    roll_back(guest)
     lines = {line.topic: line for line in check.examine(str(guest.mountpoint))}
     assert lines["balloon"].verdict is check.Verdict.WARNING
     assert "@old" in lines["balloon"].reason
     assert (guest.mountpoint / SUBVOLUME).exists()
-    with _top(guest) as top:
-        assert _held(top / "@old" / SUBVOLUME) == 100 * MIB
+    with top_level(guest) as top:
+        assert room_of(top / "@old" / SUBVOLUME) == 100 * MIB
     guest.unmount()
 
 
@@ -183,8 +134,8 @@ def test_what_is_mounted_there_stays(make_guest: MakeGuest) -> None:
     run("mkfs.ext4", "-q", other)
     run("mount", "-o", "loop", other, guest.mountpoint / SUBVOLUME)
     assert (guest.mountpoint / SUBVOLUME).stat().st_ino == 2
-    with _balloon(guest) as balloon:
-        assert "in the way" in _said(balloon, warning=True)
+    with open_balloon(guest) as balloon:
+        assert "in the way" in said(balloon, warning=True)
     run("umount", guest.mountpoint / SUBVOLUME)
 
 
@@ -192,16 +143,16 @@ def test_what_is_mounted_there_stays(make_guest: MakeGuest) -> None:
 
 
 def test_it_is_moved_here_from_another_subvolume(make_guest: MakeGuest) -> None:
-    guest = _in_subvolume(make_guest(GIB))
-    with _balloon(guest) as balloon:
+    guest = in_subvolume(make_guest(GIB))
+    with open_balloon(guest) as balloon:
         balloon.extend(100 * MIB)
         identity = balloon.root_id
-    _roll_back(guest, stub=False)
-    with _balloon(guest) as balloon:
+    roll_back(guest, stub=False)
+    with open_balloon(guest) as balloon:
         assert balloon.size() == 100 * MIB
         assert balloon.root_id == identity
-        assert "@old" in _said(balloon, warning=False)
-        assert _said(balloon, warning=True) == ""
+        assert "@old" in said(balloon, warning=False)
+        assert said(balloon, warning=True) == ""
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
         assert mounts.count(f" {guest.device} ") == 1, "the private mount is in no table"
     guest.unmount()
@@ -209,8 +160,8 @@ def test_it_is_moved_here_from_another_subvolume(make_guest: MakeGuest) -> None:
 
 
 def test_it_is_moved_into_a_directory_that_is_mounted(make_guest: MakeGuest) -> None:
-    guest = _in_subvolume(make_guest(GIB))
-    with _balloon(guest) as balloon:
+    guest = in_subvolume(make_guest(GIB))
+    with open_balloon(guest) as balloon:
         balloon.extend(100 * MIB)
     (guest.mountpoint / "a" / "b").mkdir(parents=True)
     with contextlib.closing(BtrfsBalloonFile(str(guest.mountpoint / "a" / "b"))) as balloon:
@@ -219,16 +170,16 @@ def test_it_is_moved_into_a_directory_that_is_mounted(make_guest: MakeGuest) -> 
 
 
 def test_of_two_the_one_at_the_mount_stays(make_guest: MakeGuest) -> None:
-    guest = _in_subvolume(make_guest(2 * GIB))
+    guest = in_subvolume(make_guest(2 * GIB))
     before = available(guest)
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         balloon.extend(100 * MIB)
-    with _top(guest) as top:
+    with top_level(guest) as top:
         for name in (SUBVOLUME, f"{SUBVOLUME}-3"):
             run("btrfs", "-q", "subvolume", "create", top / name)
             (top / name / "00000001").touch()
             run("fallocate", "--keep-size", "--length", "300M", top / name / "00000001")
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         assert balloon.size() == 100 * MIB
         support.sync(guest)
         assert abs(before - 100 * MIB - available(guest)) <= NEAR
@@ -236,15 +187,15 @@ def test_of_two_the_one_at_the_mount_stays(make_guest: MakeGuest) -> None:
 
 
 def test_where_its_parent_is_read_only_its_room_comes_back(make_guest: MakeGuest) -> None:
-    guest = _in_subvolume(make_guest(GIB))
+    guest = in_subvolume(make_guest(GIB))
     before = available(guest)
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         balloon.extend(100 * MIB)
-    _roll_back(guest, stub=False)
-    with _top(guest) as top:
+    roll_back(guest, stub=False)
+    with top_level(guest) as top:
         run("btrfs", "property", "set", "-ts", top / "@old", "ro", "true")
     for _ in range(2):
-        with _balloon(guest) as balloon:
+        with open_balloon(guest) as balloon:
             assert balloon.size() == 0
             support.sync(guest)
             assert abs(available(guest) - before) <= NEAR
@@ -254,17 +205,17 @@ def test_where_its_parent_is_read_only_its_room_comes_back(make_guest: MakeGuest
 
 
 def test_snapshots_of_a_balloon_are_never_touched(make_guest: MakeGuest) -> None:
-    guest = _in_subvolume(make_guest(GIB))
-    with _balloon(guest) as balloon:
+    guest = in_subvolume(make_guest(GIB))
+    with open_balloon(guest) as balloon:
         balloon.extend(100 * MIB)
-    with _top(guest) as top:
+    with top_level(guest) as top:
         here = top / "@" / SUBVOLUME
         for name, *options in (("copy",), (f"{SUBVOLUME}-frozen",), (SUBVOLUME, "-r"), (f"{SUBVOLUME}-2",)):
             run("btrfs", "-q", "subvolume", "snapshot", *options, here, top / name)
     there = sorted(support.subvolumes(guest))
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         assert balloon.size() == 100 * MIB
-        assert SUBVOLUME in _said(balloon, warning=True)
+        assert SUBVOLUME in said(balloon, warning=True)
     assert sorted(support.subvolumes(guest)) == there
 
 
@@ -273,104 +224,33 @@ def test_without_the_private_mount_it_says_what_it_cannot_reach(
 ) -> None:
     from storaged.btrfs import private_mount
 
-    guest = _in_subvolume(make_guest(GIB))
+    guest = in_subvolume(make_guest(GIB))
 
     def refused(fd: int) -> int:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(private_mount, "top_level", refused)
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         balloon.extend(100 * MIB)
         assert balloon.found == []
         with pytest.raises(FilesystemError, match="another storaged holds the balloon of"):
             BtrfsBalloonFile(str(guest.mountpoint))
-    _roll_back(guest, stub=False)
-    with _balloon(guest) as balloon:
+    roll_back(guest, stub=False)
+    with open_balloon(guest) as balloon:
         assert balloon.size() == 0
-        assert "Operation not permitted" in _said(balloon, warning=True)
+        assert "Operation not permitted" in said(balloon, warning=True)
 
 
 def test_a_filesystem_that_is_mounted_read_only_stays_so(make_guest: MakeGuest) -> None:
     guest = make_guest(GIB)
     (guest.mountpoint / SUBVOLUME).mkdir()
     run("mount", "-o", "remount,ro", guest.mountpoint)
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         assert balloon.size() == 0
         assert support.read_only(guest)
         run("mount", "-o", "remount,rw", guest.mountpoint)
         balloon.extend(MIB)
         assert (guest.mountpoint / SUBVOLUME).stat().st_ino == 256
-
-
-# --- one at a time --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("first_at_top", [True, False])
-def test_one_daemon_for_a_filesystem_however_it_is_mounted(first_at_top: bool, make_guest: MakeGuest) -> None:
-    guest = _in_subvolume(make_guest(GIB))
-    with _top(guest) as top:
-        first, second = (top, guest.mountpoint) if first_at_top else (guest.mountpoint, top)
-        balloon = BtrfsBalloonFile(str(first))
-        for _ in range(3):
-            with pytest.raises(FilesystemError, match="another storaged holds the balloon of"):
-                BtrfsBalloonFile(str(second))
-        balloon.close()
-        BtrfsBalloonFile(str(second)).close()
-    guest.unmount()
-    guest.check()
-
-
-def test_nothing_is_held_afterwards(make_guest: MakeGuest) -> None:
-    guest = _in_subvolume(make_guest(GIB))
-    before = sorted(os.listdir("/proc/self/fd"))
-    with _balloon(guest) as balloon:
-        balloon.extend(MIB)
-    assert sorted(os.listdir("/proc/self/fd")) == before
-    run("umount", guest.mountpoint)
-    assert not list(Path("/sys/fs/btrfs").glob(f"*/devices/{guest.device[5:]}")), "the device is let go at once"
-
-
-# --- the contract is served in any case -------------------------------------------------------------------------
-
-
-def _refused(daemon: Daemon) -> str:
-    with pytest.raises(grpc.RpcError) as caught:
-        daemon.maitred.GetResizeStatus(common_pb2.EmptyMessage(), timeout=5)
-    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    return str(caught.value.details())
-
-
-def _managed(daemon: Daemon) -> bool:
-    with contextlib.suppress(grpc.RpcError):
-        return bool(daemon.status().current_size)
-    return False
-
-
-@pytest.mark.parametrize("inflated", [True, False])
-def test_a_second_daemon_serves_what_it_can_and_takes_over(
-    inflated: bool, make_guest: MakeGuest, make_daemon: MakeDaemon
-) -> None:
-    guest = make_guest(GIB)
-    first = make_daemon(guest)
-    if inflated:
-        assert first.report_free(report_for(200 * MIB)) == vm_guest_pb2.SUCCESS
-    second = make_daemon(guest, state="second", managed=False)
-    assert second.maitred.GetKernelVersion(common_pb2.EmptyMessage(), timeout=5).kernel_release
-    assert "another storaged holds the balloon" in _refused(second)
-    with pytest.raises(grpc.RpcError, match="another storaged holds the balloon"):
-        second.report()
-    with pytest.raises(grpc.RpcError, match="another storaged holds the balloon"):
-        second.report_free(report_for(300 * MIB))
-    time.sleep(2)
-    assert first.report_free(report_for(100 * MIB)) == vm_guest_pb2.SUCCESS
-    assert first.stop() == 0
-    support.until(lambda: _managed(second), within_s=10)
-    assert second.report_free(report_for(200 * MIB)) == vm_guest_pb2.SUCCESS
-    log = second.log.read_text(encoding="utf-8")
-    warnings = [line for line in log.splitlines() if "WARNING storaged.late" in line]
-    assert len(warnings) == 1, "once, not at every try"
-    assert second.stop() == 0
-    guest.unmount()
 
 
 # --- giving back ------------------------------------------------------------------------------------------------
@@ -385,7 +265,7 @@ def test_what_a_whole_segment_gave_is_counted_once(make_guest: MakeGuest, monkey
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fallocate(fd, mode, offset, length)
 
-    with _balloon(guest) as balloon:
+    with open_balloon(guest) as balloon:
         for _ in range(4):
             balloon.extend(100 * MIB)
         support.sync(guest)
