@@ -50,8 +50,11 @@ class Daemon:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
-    def start(self) -> Self:
-        """Start it and wait until it serves. Raises RuntimeError with its log when it does not."""
+    def start(self, *, managed: bool = True) -> Self:
+        """Start it and wait until it serves, and with `managed` manages its filesystem.
+
+        Raises RuntimeError with its log when it does not.
+        """
         self.launch()
         assert self._process is not None
         until = time.monotonic() + STARTS_WITHIN_S
@@ -61,7 +64,8 @@ class Daemon:
         self._channel = grpc.insecure_channel(f"unix:{self.socket}")
         while True:
             try:
-                self.maitred.GetResizeStatus(common_pb2.EmptyMessage(), timeout=2)
+                probe = self.maitred.GetResizeStatus if managed else self.maitred.GetKernelVersion
+                probe(common_pb2.EmptyMessage(), timeout=2)
             except grpc.RpcError:
                 if self._process.poll() is not None or time.monotonic() > until:
                     self.kill()

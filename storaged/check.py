@@ -97,10 +97,14 @@ def _filesystem(stateful: str) -> Iterator[Line]:
             text = f"{filesystem.device_path} cannot discard: freed blocks never go back to the host"
             yield Line("discard", Verdict.WARNING, text)
         try:
-            balloon = BtrfsBalloonFile(filesystem.mountpoint)
-            held = balloon.size()
-            balloon.close()
-            yield Line("balloon", Verdict.OK, f"holds {format_size(held)}" if held >= MIB else "none yet")
+            balloon = BtrfsBalloonFile(filesystem.mountpoint, look_only=True)
+            try:
+                held, found = balloon.size(), list(balloon.found)
+            finally:
+                balloon.close()
+            verdict = Verdict.WARNING if any(warning for _, warning in found) else Verdict.OK
+            text = f"holds {format_size(held)}" if held >= MIB else "none yet"
+            yield Line("balloon", verdict, "; ".join([text, *(said for said, _ in found)]))
         except StoragedError as error:
             yield Line("balloon", Verdict.WARNING, error.message)
     finally:

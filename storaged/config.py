@@ -42,8 +42,8 @@ class ServeConfig:
     wait_for_stateful: bool = field(
         default=False,
         metadata={
-            "help": "Serve before the stateful filesystem is mounted: until then the storage calls answer"
-            " FAILED_PRECONDITION, and metrics are not there. Always so as process 1."
+            "help": "Serve before the stateful filesystem is mounted, and whatever is mounted: until it can be managed"
+            " the storage calls answer FAILED_PRECONDITION, and metrics are not there. Always so as process 1."
         },
     )
     crash_host: str = field(

@@ -50,6 +50,10 @@ class Unsupported(StoragedError):
     kind = Kind.UNSUPPORTED
 
 
+class NotBtrfs(Unsupported):
+    """No btrfs is mounted there, or none yet."""
+
+
 class ConfigError(StoragedError):
     """A configuration key or command-line value that is not accepted."""
 

@@ -40,6 +40,8 @@ class StorageService(Writer):
         fs, clock = self._world.filesystem, self._world.clock
         self._loop = asyncio.get_running_loop()
         self._world.preallocated.start()
+        for text, warning in self._world.balloon.found:
+            self._note(text, warning=warning)
         remembered = await self._in("upkeep", self._remember)
         job = remembered.job
         if job is not None and job.active and (told := await self._in("resize", self._runner.recover, job)):
@@ -71,8 +73,6 @@ class StorageService(Writer):
             ),
             None,
         )
-        for text, warning in self._world.balloon.found:
-            self._note(text, warning=warning)
         self._counting = asyncio.ensure_future(self._count())
         self._writer = asyncio.create_task(self._run(), name="storage writer")
 
@@ -125,6 +125,12 @@ class StorageService(Writer):
         self._world.resizer.close()
         for pool in self._threads.values():
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def abandon(self) -> None:
+        """After a `start` that failed: let go of everything, the world's files included."""
+        for pool in self._threads.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._world.close()
 
     async def report(self, told: Told, free: int) -> str:
         """A host report; empty when applications are held to it, else the reason why not (yet)."""

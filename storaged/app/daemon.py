@@ -46,16 +46,18 @@ async def serve(options: Options) -> None:
     await storage.start()
     try:
         reaper = await _begin(guest, options)
-        if late is None:
+        at_once = late is None or late.in_use
+        if at_once and not _waits(settings):
             beside.export(storage)
         bound = await server.start(addresses, settings.tls)
-        what = "what will be mounted" if late is not None else what_is_served(storage, options)
+        what = what_is_served(storage, options) if at_once else f"what will be managed at {settings.serve.stateful}"
         log.info("storaged %s serves %s on %s", __version__, what, ", ".join(map(str, bound)))
         service.ready()
-        works = [*_works(server, service, settings, stopping), *([late.watch_for_it()] if late is not None else [])]
-        background = [asyncio.create_task(work) for work in works]
-        if late is None:
+        background = [asyncio.create_task(work) for work in _works(server, service, settings, stopping)]
+        if at_once:
             await beside.begin(storage)
+        elif late is not None:
+            background.append(asyncio.create_task(late.watch_for_it()))
         await stopping.wait()
         log.info("stopping")
         notifier.stopping()
@@ -85,15 +87,20 @@ def _react(stop: Callable[[], None], reload: Callable[[], None]) -> None:
 
 
 def _storage(options: Options, beside: Beside) -> tuple[StorageService, LateStorage | None]:
-    """The engine, and what stands in for it where its filesystem may come later."""
+    """The engine, and what stands in for it as long as its filesystem cannot be managed."""
     settings = options.settings
     if options.sim:
         return StorageService(sim_world(options), settings.storage), None
     where, journal = settings.serve.stateful, settings.serve.state_dir
-    if settings.serve.wait_for_stateful or os.getpid() == 1:
-        late = LateStorage(lambda: real_world(where, journal), where, settings.storage, beside.begin)
-        return late.as_storage(), late
-    return StorageService(real_world(where, journal), settings.storage), None
+    late = LateStorage(
+        lambda: real_world(where, journal), where, settings.storage, beside.begin, patient=_waits(settings)
+    )
+    return late.as_storage(), late
+
+
+def _waits(settings: Settings) -> bool:
+    """True where the daemon starts whatever is mounted, and without its metrics if need be."""
+    return settings.serve.wait_for_stateful or os.getpid() == 1
 
 
 async def _begin(guest: GuestModules | None, options: Options) -> Reaper | None:

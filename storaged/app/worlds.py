@@ -37,9 +37,11 @@ def real_world(stateful: str, state_dir: str) -> World:
             journal = FileJournal(os.path.join(state_dir, filesystem.uuid))
         except OSError as error:
             raise ConfigError(f"state directory {state_dir}: {error.strerror}") from error
+        balloon = BtrfsBalloonFile(filesystem.mountpoint)
+        undo.callback(balloon.close)
         world = World(
             filesystem=filesystem,
-            balloon=BtrfsBalloonFile(filesystem.mountpoint),
+            balloon=balloon,
             preallocated=PreallocScanner(filesystem.fd),
             resizer=ChildResizer(filesystem),
             sysctl=ProcSysctl(),
@@ -86,10 +88,7 @@ def warm_up(world: World) -> None:
 def let_go(storage: StorageService) -> None:
     """Close what is open on the filesystem: process 1 unmounts it next, and may hold nothing of it."""
     with contextlib.suppress(StoragedError):  # there was none
-        for part in (storage.world.balloon, storage.world.filesystem):
-            close = getattr(part, "close", None)
-            if close is not None:
-                close()
+        storage.world.close()
 
 
 def uninstall(stateful: str, state_dir: str) -> list[str]:

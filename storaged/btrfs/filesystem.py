@@ -15,7 +15,7 @@ from storaged.btrfs import ioctl, search
 from storaged.btrfs.swap import pinned_ranges
 from storaged.core.model import KernelReclaim, Space
 from storaged.core.trim import ChunkRange, is_safe, pieces
-from storaged.errors import FilesystemError, Kind, Unsupported
+from storaged.errors import FilesystemError, Kind, NotBtrfs, Unsupported
 from storaged.resize.layout import Chunk, Layout
 from storaged.units import GIB, KIB, MIB
 
@@ -65,7 +65,7 @@ class BtrfsFilesystem:
             _check_btrfs(self._mountpoint)
             self._fs = btrfs.FileSystem(self._mountpoint)
         except OSError as error:
-            raise Unsupported(f"{mountpoint} is not a mounted btrfs filesystem: {error.strerror}") from error
+            raise NotBtrfs(f"{mountpoint} is not a mounted btrfs filesystem: {error.strerror}") from error
         self._files: dict[str, int] = {}
         try:
             self._identify(mountpoint)

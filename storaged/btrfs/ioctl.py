@@ -13,6 +13,9 @@ import os
 import struct
 
 IOC_RESIZE = 0x50009403  # _IOW(0x94, 3, struct btrfs_ioctl_vol_args)
+IOC_SUBVOL_CREATE = 0x5000940E  # _IOW(0x94, 14, struct btrfs_ioctl_vol_args)
+IOC_SNAP_DESTROY_V2 = 0x5000943F  # _IOW(0x94, 63, struct btrfs_ioctl_vol_args_v2), since Linux 5.7
+SUBVOL_SPEC_BY_ID = 1 << 4
 IOC_SYNC = 0x9408  # _IO(0x94, 8)
 IOC_BALANCE_CTL = 0x40049421  # _IOW(0x94, 33, int)
 BALANCE_CTL_CANCEL = 2
@@ -21,6 +24,7 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 
 _VOL_ARGS = struct.Struct("=q4088s")  # btrfs_ioctl_vol_args: fd, name
+_VOL_ARGS_V2_BY_ID = struct.Struct("=qQQ32xQ4032x")  # btrfs_ioctl_vol_args_v2: fd, transid, flags, -, subvolid
 _FSTRIM_RANGE = struct.Struct("=QQQ")  # start, len, minlen
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +58,19 @@ def cancel_resize(fd: int) -> None:
 def cancel_balance(fd: int) -> None:
     """Cancel the balance that runs or is paused; returns when it has ended. Raises OSError, ENOTCONN when none is."""
     fcntl.ioctl(fd, IOC_BALANCE_CTL, BALANCE_CTL_CANCEL)
+
+
+def create_subvolume(fd: int, name: str) -> None:
+    """Make a subvolume in the directory `fd`. Raises OSError."""
+    buffer = ctypes.create_string_buffer(_VOL_ARGS.pack(0, os.fsencode(name)), _VOL_ARGS.size)
+    call(fd, IOC_SUBVOL_CREATE, ctypes.addressof(buffer))
+
+
+def delete_subvolume(fd: int, identity: int) -> None:
+    """Delete the subvolume with this id, wherever on the filesystem it lies: no path could be swapped. OSError."""
+    arguments = _VOL_ARGS_V2_BY_ID.pack(0, 0, SUBVOL_SPEC_BY_ID, identity)
+    buffer = ctypes.create_string_buffer(arguments, _VOL_ARGS_V2_BY_ID.size)
+    call(fd, IOC_SNAP_DESTROY_V2, ctypes.addressof(buffer))
 
 
 def sync(fd: int) -> None:

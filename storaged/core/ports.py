@@ -185,3 +185,10 @@ class World:
     simulated: bool = False
     poll_s: float = 0.1
     """How often a running resize is looked at."""
+
+    def close(self) -> None:
+        """Let go of what the real ports hold open: the filesystem can be unmounted afterwards."""
+        for port in (self.resizer, self.balloon, self.filesystem):
+            close = getattr(port, "close", None)
+            if close is not None:
+                close()

@@ -131,14 +131,11 @@ class SimFilesystem:
 class SimBalloonFile:
     """`core.ports.BalloonFile` on a SimDisk; what it holds is on the disk, so it survives its owner."""
 
-    def __init__(self, disk: SimDisk) -> None:
-        self.disk = disk
-
     root_id = 0
 
-    @property
-    def found(self) -> list[tuple[str, bool]]:
-        return []
+    def __init__(self, disk: SimDisk) -> None:
+        self.disk = disk
+        self.found: list[tuple[str, bool]] = []
 
     def nudge(self) -> None:
         self.disk.faults.meet("nudge")

@@ -78,7 +78,9 @@ def make_daemon(place: Path) -> Iterator[MakeDaemon]:
     """`make_daemon(guest, *arguments, config=TOML)`: a daemon on it that serves. Killed after the test if it runs."""
     made: list[Daemon] = []
 
-    def make(guest: Guest, *arguments: str, config: str | None = QUIET, state: str = "state") -> Daemon:
+    def make(
+        guest: Guest, *arguments: str, config: str | None = QUIET, state: str = "state", managed: bool = True
+    ) -> Daemon:
         # A directory per guest and state: a second daemon made for the same guest finds the first one's journal.
         directory = place / f"{guest.image.parent.name}-{state}"
         directory.mkdir(exist_ok=True)
@@ -88,7 +90,7 @@ def make_daemon(place: Path) -> Iterator[MakeDaemon]:
             options = ("--config", str(directory / "storaged.toml"))
         daemon = Daemon(directory, *options, *arguments, stateful=guest.mountpoint)
         made.append(daemon)
-        return daemon.start()
+        return daemon.start(managed=managed)
 
     yield make
     for daemon in made:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from lab.loop import Guest, run
-from storaged.balloon.file import SUBVOLUME, BtrfsBalloonFile
+from storaged.balloon.file import BtrfsBalloonFile
+from storaged.balloon.place import NAME as SUBVOLUME
 from storaged.btrfs import ioctl, prealloc_worker
 from storaged.btrfs.prealloc import PreallocScanner
 from storaged.btrfs.prealloc_worker import Scanner, Trees, union, unpack

@@ -9,6 +9,7 @@ import pytest
 
 from lab.daemon import Daemon
 from lab.loop import Guest, fill, run
+from storaged.balloon.place import NAMES
 from storaged.btrfs.filesystem import BtrfsFilesystem
 from storaged.btrfs.resizer import ChildResizer
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
@@ -148,10 +149,12 @@ def test_a_quota_on_the_parent(make_guest: MakeGuest, make_daemon: MakeDaemon, f
     assert abs(available(guest) - 300 * MIB) <= 16 * MIB
 
 
-def test_a_squatter_on_the_name_goes_away(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
+def test_all_names_are_taken(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
     guest = make_guest(GIB)
     daemon = make_daemon(guest, *METRICS)
-    (guest.mountpoint / SUBVOLUME).write_bytes(b"mine")
-    _fails(daemon, 300 * MIB, "balloon")
-    (guest.mountpoint / SUBVOLUME).unlink()
-    _settles(daemon, guest, 300 * MIB, figures, "squatter")
+    for name in NAMES:
+        (guest.mountpoint / name).write_bytes(b"mine")
+    _fails(daemon, 300 * MIB, "in the way of the balloon")
+    (guest.mountpoint / NAMES[3]).unlink()
+    _settles(daemon, guest, 300 * MIB, figures, "squatters")
+    assert (guest.mountpoint / NAMES[3]).is_dir()
