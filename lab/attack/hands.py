@@ -1,0 +1,140 @@
+"""What an administrator does between reports: the limit must hold again within 3 s."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+from lab.attack.oracle import SLACK, available, image_bytes, reach
+from lab.attack.registry import add, scenario
+from lab.attack.testbed import Testbed, mib, report, until, why
+from lab.daemon import Daemon
+from lab.loop import Guest, run
+from storaged.units import GIB, MIB
+
+WITHIN_S = 3.0
+SIZE = 4 * GIB
+SUBVOLUME = ".storaged-balloon"
+
+
+def kept_again(bed: Testbed, guest: Guest, daemon: Daemon, limit: int, what: str) -> list[str]:
+    """Whether what can be written is back at the limit within the time; how long it took is printed."""
+    begun = time.monotonic()
+    highest = 0
+
+    def kept() -> bool:
+        nonlocal highest
+        found = reach(guest, 0)
+        highest = max(highest, found or 0)
+        return found is not None and found <= limit + SLACK
+
+    kept()
+    back = until(kept, WITHIN_S)
+    bed.say(
+        what=what,
+        limit=mib(limit),
+        highest=mib(highest),
+        now=mib(available(guest) or 0),
+        took_s=round(time.monotonic() - begun, 2) if back else "never",
+        says=why(daemon),
+    )
+    return [] if back else [f"{what}: {mib(reach(guest, 0) or 0)} MiB can be written after 3 s, {mib(limit)} allowed"]
+
+
+def _grown(guest: Guest) -> None:
+    guest.resize_image(2 * SIZE)
+    run("btrfs", "filesystem", "resize", "max", guest.mountpoint)
+
+
+def _deleted(guest: Guest) -> None:
+    run("btrfs", "-q", "subvolume", "delete", guest.mountpoint / SUBVOLUME)
+
+
+def _files_deleted(guest: Guest) -> None:
+    for path in (guest.mountpoint / SUBVOLUME).iterdir():
+        path.unlink()
+
+
+def _truncated(guest: Guest) -> None:
+    for path in (guest.mountpoint / SUBVOLUME).iterdir():
+        os.truncate(path, 0)
+
+
+def _renamed(guest: Guest) -> None:
+    (guest.mountpoint / SUBVOLUME).rename(guest.mountpoint / "put-aside")
+    run("btrfs", "-q", "subvolume", "delete", guest.mountpoint / "put-aside")
+
+
+def between_reports(bed: Testbed, do: Callable[[Guest], None], what: str) -> list[str]:
+    """An administrator's command between two reports: the limit holds again within 3 s, and the next answer is true."""
+    guest = bed.guest(SIZE)
+    daemon = bed.daemon(guest)
+    faults = []
+    for limit in (300 * MIB,) if bed.quick else (300 * MIB, 0):
+        if not report(daemon, limit):
+            faults.append(f"{what}: FAILED for {mib(limit)} MiB: {why(daemon)}")
+        do(guest)
+        faults += kept_again(bed, guest, daemon, limit, what)
+        success = report(daemon, limit)
+        found = reach(guest, 0) or 0
+        if success and found > limit + SLACK:
+            faults.append(f"{what}: SUCCESS for {mib(limit)}, {mib(found)} MiB can be written")
+        if not success:
+            faults.append(f"{what}: FAILED after it: {why(daemon)}")
+    return faults
+
+
+@scenario("balloon-snapshot")
+def snapshot(bed: Testbed) -> list[str]:
+    """A snapshot of the balloon's subvolume pins its room; the limit is raised; then the snapshot goes."""
+    guest = bed.guest(SIZE)
+    daemon = bed.daemon(guest)
+    faults = []
+    for kind in ((), ("-r",)):
+        if not report(daemon, 200 * MIB):
+            faults.append(f"FAILED before the snapshot: {why(daemon)}")
+        pin = guest.mountpoint / "pin"
+        run("btrfs", "-q", "subvolume", "snapshot", *kind, guest.mountpoint / SUBVOLUME, pin)
+        raised = 800 * MIB
+        success = report(daemon, raised)
+        bed.say(raised=mib(raised), success=success, available=mib(available(guest) or 0), says=why(daemon))
+        run("btrfs", "-q", "subvolume", "delete", "--commit-after", pin)
+        run("btrfs", "subvolume", "sync", guest.mountpoint)
+        faults += kept_again(bed, guest, daemon, raised, f"snapshot {' '.join(kind)} deleted")
+    return faults
+
+
+@scenario("balloon-reflinked")
+def reflinked(bed: Testbed) -> list[str]:
+    """The balloon's files are copied with --reflink, the limit is raised, and the copies are written for real."""
+    guest = bed.guest(SIZE)
+    daemon = bed.daemon(guest)
+    faults = [] if report(daemon, 200 * MIB) else [f"FAILED: {why(daemon)}"]
+    copies = guest.mountpoint / "copies"
+    run("cp", "-a", "--reflink=always", guest.mountpoint / SUBVOLUME, copies)
+    image = image_bytes(guest)
+    success = report(daemon, 300 * MIB)
+    shown = available(guest) or 0
+    bed.say(success=success, available=mib(shown), image=mib(image), says=why(daemon))
+    for path in copies.iterdir():
+        path.unlink()
+    faults += kept_again(bed, guest, daemon, 300 * MIB, "reflinks deleted")
+    return faults
+
+
+def _register() -> None:
+    table = {
+        "grown-by-hand": _grown,
+        "balloon-deleted": _deleted,
+        "balloon-files-deleted": _files_deleted,
+        "balloon-truncated": _truncated,
+        "balloon-renamed": _renamed,
+    }
+    for name, do in table.items():
+        quick = name in ("grown-by-hand", "balloon-deleted")
+        add(name, partial(between_reports, do=do, what=name), quick=quick)
+
+
+_register()
