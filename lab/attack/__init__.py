@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lab.attack.registry import Scenario
 
 
 def scenarios(storm_s: float = 120.0) -> dict[str, Scenario]:
     """Every scenario by its name, in the order in which they run; the storm lasts `storm_s` seconds."""
-    from lab.attack import hands, idle, preallocated, rounds, small_files
+    # Each of these registers its scenarios.
+    from lab.attack import commands, hands, idle, large, preallocated, restores, rounds, small_files  # noqa: F401
     from lab.attack.registry import SCENARIOS
+    from lab.attack.storm.run import storm
 
-    del storm_s, hands, idle, preallocated, rounds, small_files
-    return SCENARIOS
+    ordered = dict(sorted(SCENARIOS.items()))
+    return {**ordered, "storm": Scenario("storm", partial(storm, seconds=storm_s), ("shm", "disk"), quick=False)}

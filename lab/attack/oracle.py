@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,11 @@ from storaged.units import GIB, MIB
 SLACK = 64 * MIB
 """On an idle filesystem."""
 NEAR = 4 * MIB
+"""What the kernel's own counts may be off by."""
+SHOWN = SLACK + NEAR
+"""Beyond a limit, by the kernel's counts."""
 LOOK_AGAIN_S = 0.05
-MOST_PASSES = 4
+MOST_PASSES = 12
 _ROUND = 16 * MIB
 
 
@@ -107,9 +110,12 @@ def reach(guest: Guest, unwritten: int) -> int | None:
     return None if shown is None else (shown + unwritten) * Allocation(guest).copies()
 
 
-def over(guest: Guest, limit: int, slack: int, unwritten: int = 0, *, committed: bool = False) -> int:
+def over(
+    guest: Guest, limit: int, slack: int, unwritten: Callable[[], int] = lambda: 0, *, committed: bool = False
+) -> int:
     """The cheap oracle: bytes beyond limit and slack in two looks 50 ms apart; 0 when one of them is within.
 
+    `unwritten` is asked before and after each look, and its lower answer counts: writers may go on meanwhile.
     `committed`: commit before each look, which fallocate(2) needs to be counted in statvfs.
     """
     least: int | None = None
@@ -118,21 +124,29 @@ def over(guest: Guest, limit: int, slack: int, unwritten: int = 0, *, committed:
             time.sleep(LOOK_AGAIN_S)
         if committed:
             sync(guest)
-        found = reach(guest, unwritten)
-        if found is None or found <= limit + slack:
+        before, without = unwritten(), reach(guest, 0)
+        if without is None:
+            return 0
+        found = without + min(before, unwritten()) * Allocation(guest).copies()
+        if found <= limit + slack:
             return 0
         least = found if least is None else min(least, found)
     return (least or 0) - limit
 
 
 def fill_up(guest: Guest, name: str = "oracle") -> list[Path]:
-    """Write new files until ENOSPC, again with smaller blocks after a commit; the files."""
+    """Write new files until ENOSPC, again with smaller blocks after commits; the files.
+
+    A reservation for metadata may refuse a write that is possible a commit later.
+    """
     made: list[Path] = []
+    refused = 0
     for number in range(MOST_PASSES):
         path = guest.mountpoint / f"{name}{number}"
         written, _ = fill(path, None, 1 << 20 if number == 0 else 64 << 10)
         made.append(path)
-        if number and written < MIB:
+        refused = refused + 1 if written < MIB else 0
+        if refused == 2:
             break
         sync(guest)
     return made

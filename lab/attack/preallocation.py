@@ -38,7 +38,10 @@ class Unwritten:
         return self.length - self._done
 
     def write(self, most: int | None = None) -> int:
-        """Write it as its owner would, up to `most` bytes or an error, and fsync; bytes written."""
+        """Write it as its owner would, up to `most` bytes or an error; bytes written.
+
+        Small ranges are not followed by fsync(2): 20,000 log trees would be what makes the image grow.
+        """
         data = os.urandom(min(BLOCK, self.length))
         begun = self._done
         end = self.length if most is None else min(self.length, begun + most)
@@ -51,8 +54,9 @@ class Unwritten:
                 while self._done < end:
                     part = min(len(data), end - self._done)
                     self._done += os.pwrite(fd, data[:part], self.offset + self._done)
-            with contextlib.suppress(OSError):
-                os.fsync(fd)
+            if self.length >= BLOCK:
+                with contextlib.suppress(OSError):
+                    os.fsync(fd)
         finally:
             os.close(fd)
         return self._done - begun
