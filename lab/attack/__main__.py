@@ -15,13 +15,13 @@ import time
 
 from lab.attack import scenarios
 from lab.attack.registry import Scenario
-from lab.attack.testbed import PLACES, testbed
+from lab.attack.testbed import PLACES, opened_testbed
 from lab.loop import private_mounts, sweep
 
 
 def attack(chosen: Scenario, place: str, seed: int, *, quick: bool = False) -> list[str]:
     """One scenario at one place; its faults. A scenario that cannot go on is a fault too."""
-    with testbed(chosen.name, place, seed, quick=quick) as bed:
+    with opened_testbed(chosen.name, place, seed, quick=quick) as bed:
         try:
             return chosen.run(bed)
         except Exception as error:  # noqa: BLE001  # the other scenarios still run

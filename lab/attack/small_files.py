@@ -13,7 +13,7 @@ from pathlib import Path
 from lab.attack.oracle import Allocation, allocated, available, data_chunk, fill_up, image_bytes
 from lab.attack.registry import add
 from lab.attack.testbed import Testbed, mib, report, sync, why
-from lab.loop import Guest, run
+from lab.loop import Guest, fill, run
 from storaged.units import GIB, MIB
 
 SIZE = 4 * GIB
@@ -22,7 +22,9 @@ PER_FOLDER = 4000
 GRANTS = (67 * MIB, 333 * MIB)
 CREATED_WITHIN_S = 3.0
 LEFT = 30 * MIB
-GIVE_UP_S = 45.0
+NEARLY_FULL = 12 * MIB
+PATIENCE_S = 5.0
+PIECE = 4 * MIB
 
 
 @dataclass(slots=True)
@@ -33,21 +35,22 @@ class Made:
     refused: int = 0
 
 
-def make_small(folder: Path, count: int, made: Made, over: threading.Event, *, keep_trying: bool) -> None:
-    """Make up to `count` files of 500 bytes to 2 KiB; ENOSPC ends it, or is waited out."""
+def make_small(folder: Path, count: int, made: Made, over: threading.Event, *, patience_s: float) -> None:
+    """Make up to `count` files of 500 bytes to 2 KiB. Ends when there was no room for `patience_s`."""
     content = os.urandom(2048)
-    until = time.monotonic() + GIVE_UP_S
-    while made.files < count and not over.is_set() and time.monotonic() < until:
+    last = time.monotonic()
+    while made.files < count and not over.is_set():
         where = folder / str(made.files // PER_FOLDER)
         try:
             where.mkdir(exist_ok=True)
             (where / str(made.files)).write_bytes(content[: 500 + made.files * 37 % 1500])
             made.files += 1
+            last = time.monotonic()
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             made.refused += 1
-            if not keep_trying:
+            if time.monotonic() - last >= patience_s:
                 return
             time.sleep(0.02)
 
@@ -62,15 +65,14 @@ def beside_data(bed: Testbed, grant: int, mkfs: tuple[str, ...]) -> list[str]:
     image, metadata, made, over = image_bytes(guest), counts.metadata(), Made(), threading.Event()
     folder = guest.mountpoint / "small"
     folder.mkdir()
-    thread = threading.Thread(target=partial(make_small, folder, FILES, made, over, keep_trying=True), daemon=True)
+    thread = threading.Thread(target=partial(make_small, folder, FILES, made, over, patience_s=PATIENCE_S), daemon=True)
     thread.start()
     files: list[Path] = []
-    rounds = 0
     try:
         while thread.is_alive():
-            files += fill_up(guest, f"data{rounds}-")
-            rounds += 1
-            time.sleep(0.2)
+            files.append(guest.mountpoint / f"data{len(files)}")
+            fill(files[-1], PIECE)
+            thread.join(0.1)
     finally:
         over.set()
         thread.join()
@@ -102,24 +104,26 @@ def beside_data(bed: Testbed, grant: int, mkfs: tuple[str, ...]) -> list[str]:
 
 def last_file(bed: Testbed, grant: int, mkfs: tuple[str, ...]) -> list[str]:
     """Metadata is used up while some tens of MiB of the grant are left: a small file can be made within 3 s."""
-    guest = bed.guest(SIZE, mkfs=mkfs)
-    daemon = bed.daemon(guest)
-    if not report(daemon, grant):
-        return [f"an empty guest is answered FAILED: {why(daemon)}"]
-    counts, made = Allocation(guest), Made()
+    guest = bed.guest(GIB, mkfs=mkfs)
+    counts, made, never = Allocation(guest), Made(), threading.Event()
     folder = guest.mountpoint / "small"
     folder.mkdir()
+    while counts.metadata_headroom() > NEARLY_FULL and made.files < FILES:
+        make_small(folder, made.files + 500, made, never, patience_s=PATIENCE_S)
+        sync(guest)
+    before = made.files
+    daemon = bed.daemon(guest)
+    headroom = counts.metadata_headroom()
+    if not report(daemon, grant):
+        return [f"FAILED with metadata nearly full: {why(daemon)}"]
     faults, longest, waits = [], 0.0, 0
     for _ in range(bed.tries(3, 12)):
-        make_small(folder, FILES, made, threading.Event(), keep_trying=False)
+        make_small(folder, FILES, made, never, patience_s=0.0)
         left = available(guest) or 0
         if made.files >= FILES or left < LEFT:
             break
         refused, waits = time.monotonic(), waits + 1
-        target = made.files + 1
-        while made.files < target and time.monotonic() - refused < 20:
-            make_small(folder, target, made, threading.Event(), keep_trying=False)
-            time.sleep(0.02)
+        make_small(folder, made.files + 1, made, never, patience_s=20.0)
         waited = time.monotonic() - refused
         longest = max(longest, waited)
         if waited > CREATED_WITHIN_S:
@@ -127,7 +131,9 @@ def last_file(bed: Testbed, grant: int, mkfs: tuple[str, ...]) -> list[str]:
     sync(guest)
     bed.say(
         grant=mib(grant),
-        small_files=made.files,
+        headroom_at_report=mib(headroom),
+        files_before=before,
+        files_after=made.files,
         refusals=waits,
         longest_s=round(longest, 2),
         left=mib(available(guest) or 0),
@@ -149,7 +155,7 @@ def after_filling(bed: Testbed) -> list[str]:
     if not report(daemon, 40 * MIB):
         faults.append(f"40 MiB are answered FAILED: {why(daemon)}")
     begun, made = time.monotonic(), Made()
-    make_small(guest.mountpoint / "sub", 500, made, threading.Event(), keep_trying=True)
+    make_small(guest.mountpoint / "sub", 500, made, threading.Event(), patience_s=PATIENCE_S)
     took = time.monotonic() - begun
     bed.say(files=made.files, refused=made.refused, took_s=round(took, 2), available=mib(available(guest) or 0))
     if made.files < 500 or (made.refused and took > CREATED_WITHIN_S):
@@ -161,6 +167,7 @@ def _register() -> None:
     for grant in GRANTS:
         add(f"small-files-beside-data-{mib(grant)}", partial(beside_data, grant=grant, mkfs=()))
         add(f"small-files-last-{mib(grant)}", partial(last_file, grant=grant, mkfs=()), quick=grant == GRANTS[0])
+        add(f"small-files-last-{mib(grant)}-4k", partial(last_file, grant=grant, mkfs=("--nodesize", "4096")))
         for name, mkfs in (("single-4k", ("-m", "single", "--nodesize", "4096")), ("mixed", ("--mixed",))):
             add(f"small-files-beside-data-{mib(grant)}-{name}", partial(beside_data, grant=grant, mkfs=mkfs))
     add("small-files-after-filling", after_filling)

@@ -25,7 +25,7 @@ DIRTY = Path("/proc/sys/vm")
 
 
 class Testbed:
-    """What a scenario works with. Everything that it makes is gone when the `with testbed(...)` block ends."""
+    """What a scenario works with. Everything that it makes is gone when the `with opened_testbed(...)` block ends."""
 
     __test__ = False
 
@@ -86,7 +86,7 @@ class Testbed:
 
 
 @contextlib.contextmanager
-def testbed(name: str, place: str, seed: int, *, quick: bool) -> Iterator[Testbed]:
+def opened_testbed(name: str, place: str, seed: int, *, quick: bool) -> Iterator[Testbed]:
     """A testbed whose images lie at `place`."""
     with workspace(PLACES[place]) as directory, _write_back_limits(), ExitStack() as stack:
         yield Testbed(directory, stack, place, seed, quick=quick, name=name)

@@ -72,6 +72,11 @@ class Applications:
         while len(self.kept) > MOST_KEPT:
             self.drop(1)
 
+    def forget(self, path: Path) -> None:
+        """The file is about to be written anew."""
+        with self.lock:
+            self.kept.pop(path, None)
+
     def drop(self, count: int) -> None:
         """Delete the oldest files."""
         with self.lock:

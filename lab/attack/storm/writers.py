@@ -150,6 +150,7 @@ def snapshotting(world: Applications, dice: random.Random, number: int) -> None:
             run("btrfs", "-q", "subvolume", "create", subvolume)
         path = subvolume / f"part{number % 4}"
         content = dice.randbytes(dice.choice((MIB, 8 * MIB)))
+        world.forget(path)
         _written(path, content)
         world.keep(path, digest(content))
         run("btrfs", "-q", "subvolume", "snapshot", subvolume, world.root / f"snapshot{number}")
