@@ -88,7 +88,7 @@ def during(bed: Testbed, name: str) -> list[str]:
 def mixed(bed: Testbed) -> list[str]:
     """Mixed block groups at limits of 0 and 200 MiB, with metadata in use."""
     faults = []
-    for size in (512 * MIB, 4 * GIB):
+    for size in (512 * MIB,) if bed.quick else (512 * MIB, 4 * GIB):
         guest = bed.guest(size, mkfs=("--mixed",))
         folder = guest.mountpoint / "small"
         folder.mkdir()
@@ -126,8 +126,14 @@ def cancelled_shrink(bed: Testbed) -> list[str]:
         )
         code = shrink.wait(60)
         success = report(daemon, 0, CRITICAL)
+        says = why(daemon)
+        if not success:
+            success = until(lambda: report(daemon, 0, CRITICAL), 10, 0.5)
+            if not success:
+                faults.append(f"still FAILED 10 s after shrink {number}: {says}")
+        shown = available(guest)
         growth = fill_really(guest)
-        bed.say(shrink=code, success=success, written=str(growth), says=why(daemon))
+        bed.say(shrink=code, success=success, available=mib(shown or 0), written=str(growth), says=says)
         if success:
             faults += judged(growth, 0, what=f"shrink {number}")
         run("btrfs", "filesystem", "resize", "max", guest.mountpoint)

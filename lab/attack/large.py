@@ -19,6 +19,8 @@ TIB = 1 << 40
 RAISED_FOR_S = 0.5
 WITHIN_S = 2.0
 LARGEST_WITHIN_S = 15.0
+LATE_S = 0.1
+"""What the call itself may take."""
 
 
 def timed(guest: Guest, daemon: Daemon, limit: int, within_s: float, what: str) -> tuple[str, list[str]]:
@@ -36,7 +38,7 @@ def timed(guest: Guest, daemon: Daemon, limit: int, within_s: float, what: str) 
         faults.append(f"{what}: FAILED for {mib(limit)} MiB after {took:.1f} s: {why(daemon)}")
     elif found is not None and found > limit + SHOWN:
         faults.append(f"{what}: SUCCESS for {mib(limit)} MiB, {mib(found)} MiB can be written")
-    if took > within_s:
+    if took > within_s + LATE_S:
         faults.append(f"{what}: answered after {took:.1f} s, expected within {within_s:g} s")
     return f"{took:.2f}s:{'yes' if success else 'no'}", faults
 
@@ -48,9 +50,9 @@ def raise_and_drop(bed: Testbed, size: int, limits: tuple[int, ...]) -> list[str
     faults = []
     _, found = timed(guest, daemon, limits[0], LARGEST_WITHIN_S, "first report")
     faults += found
-    for limit in limits:
+    for limit in limits[-2:] if bed.quick else limits:
         went = []
-        for number in range(bed.tries(2, 5)):
+        for number in range(bed.tries(1, 5)):
             for step, wanted in (("hold", limit), ("raise", limit * 3 // 2), ("drop", limit)):
                 text, found = timed(guest, daemon, wanted, WITHIN_S, f"{step} {number} at {mib(limit)} MiB")
                 went.append(text)

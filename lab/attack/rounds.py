@@ -100,7 +100,7 @@ def data_dup(bed: Testbed) -> list[str]:
     fill(guest.mountpoint / "first", 4 * MIB)
     daemon = bed.daemon(guest)
     faults = []
-    for limit in (1229 * MIB,) if bed.quick else (1229 * MIB, 300 * MIB, 0):
+    for limit in (615 * MIB,) if bed.quick else (1229 * MIB, 300 * MIB, 0):
         success = report(daemon, limit)
         shown = available(guest) or 0
         image, begun = image_bytes(guest), time.monotonic()

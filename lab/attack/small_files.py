@@ -123,11 +123,12 @@ def last_file(bed: Testbed, grant: int, mkfs: tuple[str, ...]) -> list[str]:
         if made.files >= FILES or left < LEFT:
             break
         refused, waits = time.monotonic(), waits + 1
-        make_small(folder, made.files + 1, made, never, patience_s=20.0)
+        make_small(folder, made.files + 1, made, never, patience_s=10.0)
         waited = time.monotonic() - refused
         longest = max(longest, waited)
         if waited > CREATED_WITHIN_S:
             faults.append(f"a small file waited {waited:.1f} s with {mib(left)} MiB of the grant left ({why(daemon)})")
+            break
     sync(guest)
     bed.say(
         grant=mib(grant),
