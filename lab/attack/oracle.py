@@ -47,7 +47,7 @@ class Growth:
         return max(self.image, self.data)
 
     def __str__(self) -> str:
-        return f"image +{mib(self.image)} MiB (data {mib(self.data)}, metadata {mib(self.metadata)})"
+        return f"image {mib(self.image):+d} MiB (data {mib(self.data)}, metadata {mib(self.metadata)})"
 
 
 class Allocation:

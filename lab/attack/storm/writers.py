@@ -100,7 +100,9 @@ def reflink(world: Applications, dice: random.Random, number: int) -> None:
             content = bytearray(new.read())
             half = dice.randbytes(len(content) // 2)
             content[: len(half)] = half
-            os.pwrite(new.fileno(), half, 0)
+            at = 0
+            while at < len(half):
+                at += os.pwrite(new.fileno(), half[at:], at)
             os.fsync(new.fileno())
         except OSError:
             path.unlink(missing_ok=True)
