@@ -9,7 +9,7 @@ RUFF  := $(PY) -m ruff
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vm test test-long test-vm test-vm-long fuzz soak adversary lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
+.PHONY: help setup demo demo-vm test test-long test-vm test-vm-long fuzz soak adversary attack lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
 	lock clean
 
 help: ## Show this list
@@ -77,6 +77,9 @@ soak: setup ## Mixed calls for four minutes: memory, files and threads stay flat
 
 adversary: setup ## Two guests at full speed on one disk, bursts and kills (ARGS='--seconds 600', ARGS=--without)
 	@$(PY) -m lab.adversary $(ARGS)
+
+attack: setup ## Try to make the balloon's answers false (ARGS='--seconds 600 --seed 3 --only NAME --place shm')
+	@$(PY) -m lab.attack $(ARGS)
 
 bench: setup ## Measure against real peers
 	@$(PY) benchmarks/run.py $(ARGS)
