@@ -117,12 +117,11 @@ def mib(size: float) -> int:
 
 
 def why(daemon: Daemon) -> str:
-    """What the daemon says of its balloon, for a fault's text; fields that not every version has where they are set."""
+    """What the daemon says of its balloon, for a fault's text."""
     balloon = daemon.report().balloon
     parts = [balloon.failure_reason or "no reason", f"balloon {mib(balloon.size_bytes)} MiB"]
-    known = balloon.DESCRIPTOR.fields_by_name
-    there = [name for name in ("unwritten_bytes", "may_write_bytes") if name in known]
-    parts += [f"{name} {mib(getattr(balloon, name))} MiB" for name in there if balloon.HasField(name)]  # type: ignore[arg-type]
+    unwritten = f"{mib(balloon.unwritten_bytes)} MiB" if balloon.HasField("unwritten_bytes") else "not known"
+    parts += [f"unwritten {unwritten}", f"may write {mib(balloon.may_write_bytes)} MiB"]
     return ", ".join(parts)
 
 
