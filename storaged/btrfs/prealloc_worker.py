@@ -77,6 +77,8 @@ LISTINGS = 100
 
 IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "armv7l": 314, "i686": 289}
 IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE = 1, 3 << 13
+SHORT_S = 0.25
+"""A first scan that is over by then runs at normal priority, and a look waits for it."""
 LOWEST = 19
 
 Files = dict[int, bytes]
@@ -470,13 +472,15 @@ class Server:
         self._balloon = 0
 
     def read_all(self) -> None:
-        """Start to read, in the background, what has not been read yet."""
+        """Start to read, in the background, what has not been read yet; what takes longer, at idle priority."""
         self._trees.progress.clear()
         self._reading = threading.Thread(target=self._read_all, daemon=True)
         self._reading.start()
 
     def _read_all(self) -> None:
-        _idle_priority()
+        later = threading.Timer(SHORT_S, _idle_priority, (threading.get_native_id(),))
+        later.daemon = True
+        later.start()
         try:
             self._trees.budget = None
             self._scanner.look(self._balloon)
@@ -484,6 +488,7 @@ class Server:
         except OSError as error:
             self._failure = error
         finally:
+            later.cancel()
             _nice_session(0)
 
     def answer(self, balloon: int) -> bytes:
@@ -491,6 +496,7 @@ class Server:
         self._balloon = balloon
         trees = self._trees
         if self._reading is not None:
+            self._reading.join(SHORT_S)
             if self._reading.is_alive():
                 return self._so_far(balloon)
             self._reading = None
@@ -514,14 +520,14 @@ class Server:
         return b"0 %d %d %d\n" % (size, files, self._trees.scanned)
 
 
-def _idle_priority() -> None:
-    """This thread's processor time and I/O only as far as others leave it."""
+def _idle_priority(thread: int) -> None:
+    """Processor time and I/O of the thread with this native id only as far as others leave it."""
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
+        os.setpriority(os.PRIO_PROCESS, thread, LOWEST)
     number = IOPRIO_SET.get(os.uname().machine)
     if number is not None:
         libc = ctypes.CDLL(None, use_errno=True)
-        libc.syscall(ctypes.c_long(number), IOPRIO_WHO_PROCESS, 0, IOPRIO_CLASS_IDLE)
+        libc.syscall(ctypes.c_long(number), IOPRIO_WHO_PROCESS, thread, IOPRIO_CLASS_IDLE)
     _nice_session(LOWEST)
 
 
