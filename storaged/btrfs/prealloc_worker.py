@@ -323,8 +323,8 @@ class Scanner:
 
     def look(self, balloon: int) -> tuple[int, int]:
         """(bytes, files) of all subvolumes but the balloon's. Raises OSError."""
-        # An extent that is handed from file to file during a pass may be missed on both sides. The second pass finds
-        # it where it went.
+        # A pass is no snapshot: an extent that a reflink and a deletion hand on meanwhile may be missed on both sides.
+        # The second pass finds it where it went, unless it is handed on again; then the next look does.
         if self._pass(balloon, probes=PROBES):
             self._pass(balloon, probes=0)
         return self._sum()
