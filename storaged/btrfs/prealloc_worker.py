@@ -144,6 +144,8 @@ class Subvolume(NamedTuple):
     since: int
     probed: int = 0
     """The inode after which the next lookup of known ones begins."""
+    pending: int = 0
+    """Known inodes to look up since the last change."""
 
 
 class Listing:
@@ -317,14 +319,14 @@ class Scanner:
         self._balloon: Files = {}
         self._balloon_tree = 0
         self._settled = 0
-        """The generation that the last pass has seen the end of, 0 while it may go on."""
+        """The generation that the last pass has seen the end of, 0 while there is more to do in it."""
         self._summed: list[Files] = []
         self._sums = (0, 0)
 
     def look(self, balloon: int) -> tuple[int, int]:
         """(bytes, files) of all subvolumes but the balloon's. Raises OSError."""
-        # An extent that is handed from file to file during a pass may be missed on both sides. The second pass finds
-        # it where it went.
+        # A pass is no snapshot: an extent that a reflink and a deletion hand on meanwhile may be missed on both sides.
+        # The second pass finds it where it went, unless it is handed on again; then the next look does.
         if self._pass(balloon, probes=PROBES):
             self._pass(balloon, probes=0)
         return self._sum()
@@ -363,23 +365,22 @@ class Scanner:
         }
         self._listed = done
         self._balloon, self._balloon_tree = held or {}, balloon
-        self._settled = generation if settled else 0
+        quiet = settled and not any(one.pending for one in self.subvolumes.values())
+        self._settled = generation if quiet else 0
         return lost
 
     def _look_at_all(self, trees: set[int], listing: Listing, found: dict[int, Subvolume], probes: int) -> None:
         """Put into `found` what is in `trees` now."""
         before = {one.uuid: one for one in self.subvolumes.values() if one.uuid != NO_UUID}
-        changed = []
         for tree in trees:
             with contextlib.suppress(FileNotFoundError):  # deleted, not committed
-                found[tree], any_leaf = self._look_at(tree, listing, before)
-                if any_leaf:
-                    changed.append(tree)
+                found[tree] = self._look_at(tree, listing, before)
+        pending = [tree for tree in trees if tree in found and found[tree].pending]
         if probes:
-            self._probe(found, changed, probes)
+            self._probe(found, pending, probes)
 
-    def _look_at(self, tree: int, listing: Listing, before: dict[bytes, Subvolume]) -> tuple[Subvolume, bool]:
-        """What is in the subvolume now, and whether any leaf of what was known before has changed."""
+    def _look_at(self, tree: int, listing: Listing, before: dict[bytes, Subvolume]) -> Subvolume:
+        """What is in the subvolume now, but for known inodes that are gone without a trace."""
         uuid = listing.live[tree]
         known = self.subvolumes.get(tree)
         if known is not None and known.uuid != uuid:
@@ -393,9 +394,10 @@ class Scanner:
                     break
         if known is None:
             files = self.trees.read(tree)
-            return Subvolume(uuid, files or {}, min(listing.relocating.values(), default=0)), False
+            return Subvolume(uuid, files or {}, min(listing.relocating.values(), default=0))
         touched, any_leaf = self.trees.changed(tree, known.since, known.files)
-        return known._replace(uuid=uuid, files=self._again(tree, known.files, touched)), any_leaf
+        files = self._again(tree, known.files, touched)
+        return known._replace(uuid=uuid, files=files, pending=len(files) if any_leaf else known.pending)
 
     def _again(self, tree: int, files: Files, inodes: Iterable[int], *, whole: bool = True) -> Files:
         """`files` after the inodes were read again; the same object when nothing has changed."""
@@ -414,19 +416,20 @@ class Scanner:
                     fresh[inode] = ranges
         return fresh
 
-    def _probe(self, found: dict[int, Subvolume], changed: list[int], probes: int) -> None:
-        """Look known inodes of changed subvolumes up, in turns when there are too many."""
-        total = sum(len(found[tree].files) for tree in changed)
-        for tree in changed:
+    def _probe(self, found: dict[int, Subvolume], pending: list[int], probes: int) -> None:
+        """Look known inodes up, in turns when there are too many."""
+        total = sum(len(found[tree].files) for tree in pending)
+        for tree in pending:
             one = found[tree]
             inodes = list(one.files)
             if total > probes and inodes:
                 inodes.sort()
                 start = bisect.bisect_right(inodes, one.probed) % len(inodes)
                 inodes = inodes[start : start + max(probes * len(inodes) // total, 1)]
-                one = one._replace(probed=inodes[-1])
             with contextlib.suppress(FileNotFoundError):
-                found[tree] = one._replace(files=self._again(tree, one.files, inodes, whole=False))
+                files = self._again(tree, one.files, inodes, whole=False)
+                left = max(one.pending - len(inodes), 0) if files else 0
+                found[tree] = one._replace(files=files, probed=inodes[-1] if inodes else 0, pending=left)
 
     def _read_balloon(self, balloon: int) -> Files | None:
         """As a whole, and without a budget: it has few files. None when there is none."""

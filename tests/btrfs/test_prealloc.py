@@ -174,6 +174,22 @@ def test_what_files_share_counts_once(disk: Disk) -> None:
     assert disk.size() == 7 * MIB
 
 
+def test_a_file_of_many_extents_that_is_written_to_its_end(disk: Disk) -> None:
+    # More extents than one lookup brings, and none of them is unwritten in any changed leaf.
+    count, step = 1500, 8 * KIB
+    disk.begin()
+    file = disk.path / "file"
+    for index in range(count):
+        disk.allocate("file", 4 * KIB, 0, index * step)
+    sync(disk.guest)
+    assert disk.size() == count * 4 * KIB
+    with file.open("r+b") as opened:
+        for index in range(count):
+            os.pwrite(opened.fileno(), b"x" * 4096, index * step)
+        os.fsync(opened.fileno())
+    assert disk.size() == 0
+
+
 def test_many_small_files(disk: Disk) -> None:
     count = 20_000
     disk.begin()
@@ -187,10 +203,10 @@ def test_many_small_files(disk: Disk) -> None:
     assert (found.size, found.files) == (count * 4 * KIB, count)
     for index in range(0, count, 2):
         (disk.path / f"many/{index}").unlink()
+    sync(disk.guest)  # nothing changes any more, and still all of them are looked up
     # More than are looked up at once: too much for a while, never too little.
     looks = [disk.size()]
     while looks[-1] > count * 2 * KIB and len(looks) < count // prealloc_worker.PROBES + 1:
-        (disk.path / "many/1").touch()
         looks.append(disk.size())
     assert looks == sorted(looks, reverse=True)
     assert looks[-1] == count * 2 * KIB
@@ -274,7 +290,8 @@ def test_the_balloon_does_not_count_and_its_snapshot_neither(disk: Disk) -> None
         balloon.extend(64 * MIB)
         tree = tree_of(disk.path / SUBVOLUME)
         assert disk.begin().size == 72 * MIB
-        assert disk.size(tree) == 8 * MIB
+        found = disk.scanner.look(tree, PATIENCE_S)
+        assert (found.size, found.files) == (8 * MIB, 1)
         subvolume("snapshot", disk.path / SUBVOLUME, disk.path / "copy")
         assert disk.size(tree) == 8 * MIB
         balloon.extend(32 * MIB)
@@ -353,7 +370,7 @@ def test_a_child_that_is_killed_starts_over(disk: Disk) -> None:
     pid = disk.scanner.pid or 0
     os.kill(pid, signal.SIGKILL)
     until(lambda: not running(pid))
-    assert not disk.scanner.look(0, PATIENCE_S).known
+    assert not disk.scanner.look(0, 0).known
     assert disk.known().size == 8 * MIB
     assert disk.scanner.pid != pid
 
@@ -383,6 +400,26 @@ def test_a_look_without_patience_answers_during_the_first_scan(disk: Disk) -> No
     assert time.monotonic() - began < 0.1
     assert not found.known
     disk.known()
+
+
+def test_the_first_scan_is_not_waited_for(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.allocate("file", 8 * MIB)
+    go_on = threading.Event()
+    read = Trees.read
+
+    def slow(self: Trees, tree: int, *arguments: int, **options: bool) -> prealloc_worker.Files | None:
+        found = read(self, tree, *arguments, **options)
+        assert go_on.wait(5)
+        return found
+
+    monkeypatch.setattr(Trees, "read", slow)
+    server = prealloc_worker.Server(Trees(disk.fd))
+    server.read_all()
+    try:
+        until(lambda: server.answer(0).startswith(b"0 %d 1 " % (8 * MIB)), within_s=2, pause_s=0.005)
+    finally:
+        go_on.set()
+    until(lambda: server.answer(0).startswith(b"1 %d 1 " % (8 * MIB)), within_s=5, pause_s=0.005)
 
 
 def test_looks_from_several_threads(disk: Disk) -> None:
