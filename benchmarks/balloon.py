@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from benchmarks.measure import Goal, Row, in_turns, milliseconds, say
@@ -11,7 +12,7 @@ from lab.loop import Guest
 from storaged.btrfs import ioctl
 from storaged.core.model import Config
 from storaged.rpc.proto import vm_guest_pb2
-from storaged.units import GIB
+from storaged.units import GIB, MIB
 
 SECTION = "balloon"
 SIZES = (1, 16, 64)
@@ -20,6 +21,15 @@ CYCLES = 4
 """Inflations and deflations on each new filesystem; the first one has chunks to allocate."""
 REACTION_MS = 20.0
 PEER = "fallocate or truncate, then commit"
+IDLE_DISK = 8 * GIB
+GROWTH_MIB = 1.0
+SETTLES_S = 1.5
+IDLE_REPORTS = (
+    (vm_guest_pb2.DISK_LOW, 1152 * MIB),
+    (vm_guest_pb2.DISK_CRITICAL, GIB),
+    (vm_guest_pb2.DISK_NORMAL, 8 * GIB),
+    (vm_guest_pb2.DISK_LOW, 1500 * MIB),
+)
 SLACK = 2 * GIB
 """Data chunks come in steps: a balloon within two of them is as large as it was to be."""
 
@@ -79,7 +89,38 @@ def measure(directory: Path, *, quick: bool) -> list[Row]:
             say(f"balloon of {size} GiB, run {index + 1}")
             _run(directory, size * GIB, index, (first, inflate, deflate))
         rows += [first, inflate, deflate]
+    rows.append(_growth(directory, 2 if quick else 5))
     return rows
+
+
+def _growth(directory: Path, tries: int) -> Row:
+    """What a report costs the image of a guest that writes nothing; the same by bare files beside it."""
+    row = Row(SECTION, "image growth a report, idle guest", "MiB", PEER, Goal(GROWTH_MIB))
+    for index in range(tries):
+        say(f"image of an idle guest, run {index + 1}")
+        ours, theirs = Guest(directory / "ours", IDLE_DISK), Guest(directory / "theirs", IDLE_DISK)
+        bare = BareFile(theirs.mountpoint)
+        try:
+            with Daemon(directory, stateful=ours.mountpoint) as daemon:
+                for level, free in IDLE_REPORTS:
+                    before = ours.host_bytes()
+                    daemon.report_free(free, level)
+                    time.sleep(SETTLES_S)
+                    row.ours.append((ours.host_bytes() - before) / MIB)
+                    before = theirs.host_bytes()
+                    bare.deflate()
+                    bare.inflate(IDLE_DISK - GIB)
+                    time.sleep(SETTLES_S)
+                    row.peer.append((theirs.host_bytes() - before) / MIB)
+        finally:
+            bare.close()
+            for guest in (ours, theirs):
+                guest.close()
+                guest.mountpoint.rmdir()
+    row.facts["worst_mib"] = round(max(row.ours), 2)
+    if max(row.ours) > GROWTH_MIB:
+        raise RuntimeError(f"an idle guest's image grew by {max(row.ours):.1f} MiB with one report")
+    return row
 
 
 def _run(directory: Path, size: int, index: int, rows: tuple[Row, Row, Row]) -> None:

@@ -31,8 +31,11 @@ from storaged.units import GIB, MIB
 
 DISK = 3 * GIB
 PROMISED = 4 * GIB
+IDLE = "idle"
 RESERVE = 512 * MIB
 BLOCK = 8 * MIB
+IDLE_GROWTH = MIB
+"""Bytes of the image of an idle guest that one report may cost."""
 BURST = RESERVE // 4
 """A host's own writers: what a sharer can withstand is half the reserve (see docs/sharing.md)."""
 
@@ -49,6 +52,9 @@ class Figures:
     host_full: int = 0
     least_free: int = DISK
     bursts: int = 0
+    idle_growth: int = 0
+    """Bytes by which the image of a guest without applications grew in `idle_reports` reports."""
+    idle_reports: int = 0
     kills: dict[str, int] = field(default_factory=lambda: {"controller": 0, "daemon": 0})
     checks: list[str] = field(default_factory=list)
 
@@ -57,13 +63,35 @@ class Figures:
             f"{self.written / GIB:.1f} GiB written, ENOSPC {self.enospc} times; I/O errors {self.io_errors};"
             f" files whole {self.whole}, damaged {self.damaged}; host full {self.host_full} times, least free"
             f" {self.least_free // MIB} MiB; {self.bursts} bursts; kills {self.kills};"
+            f" idle guest: image {self.idle_growth / MIB:+.1f} MiB in {self.idle_reports} reports;"
             f" btrfs check {'; '.join(self.checks) or 'clean'}"
         )
 
     @property
     def unharmed(self) -> bool:
         """Nothing was lost, and the host never ran out."""
-        return not (self.io_errors or self.damaged or self.host_full or self.checks)
+        idle = self.idle_growth <= IDLE_GROWTH * self.idle_reports
+        return idle and not (self.io_errors or self.damaged or self.host_full or self.checks)
+
+
+class Idle:
+    """A guest without applications: whatever its image takes is the balloon's own doing."""
+
+    def __init__(self, guest: Guest, daemon: Daemon, figures: Figures) -> None:
+        self._guest = guest
+        self._daemon = daemon
+        self._figures = figures
+        self._reports = self._told()
+        self._image = guest.host_bytes()
+
+    def _told(self) -> int:
+        results = ("success", "failed", "ignored")
+        return int(sum(self._daemon.metric(f'storaged_balloon_updates_total{{result="{one}"}}') for one in results))
+
+    def measure(self) -> None:
+        """Note what has been since it was made."""
+        self._figures.idle_growth = self._guest.host_bytes() - self._image
+        self._figures.idle_reports = self._told() - self._reports
 
 
 class Writer:
@@ -160,13 +188,14 @@ def attack(
     pool = host_disk(directory, DISK)
     try:
         with ExitStack() as stack:
-            guests = {name: Guest(pool / name, PROMISED) for name in ("a", "b")}
+            guests = {name: Guest(pool / name, PROMISED) for name in ("a", "b", IDLE)}
             daemons = {}
             quiet = directory / "guest.toml"
             quiet.write_text(QUIET)
             for name, guest in guests.items():
                 (directory / name).mkdir()
-                daemon = Daemon(directory / name, "--config", str(quiet), stateful=guest.mountpoint)
+                options = ("--config", str(quiet), "--metrics", "127.0.0.1:0")
+                daemon = Daemon(directory / name, *options, stateful=guest.mountpoint)
                 daemons[name] = stack.enter_context(daemon)
             host = HostDaemon(_config(pool, guests), directory / "host.log")
             if controlled:
@@ -175,9 +204,11 @@ def attack(
                 _until_told(list(daemons.values()))
             over = threading.Event()
             ends = time.monotonic() + seconds
+            idle = Idle(guests[IDLE], daemons.pop(IDLE), figures)
             try:
                 storm = _Storm(dice, figures, pool, guests, daemons, host if controlled else None)
                 storm.run(lambda: time.monotonic() >= ends or (enough is not None and enough(figures)), over)
+                idle.measure()
             finally:
                 over.set()
         for name, guest in guests.items():
@@ -213,7 +244,8 @@ class _Storm:
 
     def run(self, ends: Callable[[], bool], over: threading.Event) -> None:
         """Until `ends`; then everything is read back."""
-        writers = [Writer(guest, self.figures, number) for number, guest in enumerate(self.guests.values())]
+        busy = [guest for name, guest in self.guests.items() if name != IDLE]
+        writers = [Writer(guest, self.figures, number) for number, guest in enumerate(busy)]
         threads = [_again(writer, over) for writer in writers]
         bursts = random.Random(self.dice.random())
         threads.append(_again(lambda _: _burst(self.pool, bursts, self.figures), over))

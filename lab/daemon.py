@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -106,6 +107,17 @@ class Daemon:
     def report(self) -> storaged_v1_pb2.Report:
         """GetReport."""
         return self.storage.GetReport(storaged_v1_pb2.GetReportRequest(), timeout=20)
+
+    def metric(self, name: str) -> float:
+        """One sample of its metrics, found by its port in the log: `name` with its labels. Raises KeyError."""
+        lines = self.log.read_text(encoding="utf-8").splitlines()[::-1]
+        line = next(line for line in lines if "metrics at http" in line)
+        with urllib.request.urlopen(line.split("metrics at ")[1], timeout=10) as answer:
+            text = answer.read().decode()
+        for sample in text.splitlines():
+            if sample.startswith(name + " "):
+                return float(sample.split()[-1])
+        raise KeyError(name)
 
     def resize(self, size: int) -> int:
         """ResizeFilesystem; its status."""

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,11 +285,5 @@ def until(condition: Callable[[], bool], within_s: float = 30.0, pause_s: float 
 
 
 def metric(daemon: Daemon, name: str) -> float:
-    """One sample of the daemon's metrics, found by its port in the log: `name` with its labels."""
-    line = next(line for line in daemon.log.read_text(encoding="utf-8").splitlines()[::-1] if "metrics at http" in line)
-    with urllib.request.urlopen(line.split("metrics at ")[1], timeout=10) as answer:
-        text = answer.read().decode()
-    for sample in text.splitlines():
-        if sample.startswith(name + " "):
-            return float(sample.split()[-1])
-    raise KeyError(name)
+    """`Daemon.metric`, as a function."""
+    return daemon.metric(name)
