@@ -84,10 +84,11 @@ class Allocation:
 
 
 def data_chunk(guest: Guest) -> int:
-    """Bytes of a data chunk: a tenth of the filesystem, a GiB at most (fs/btrfs/volumes.c)."""
+    """Host bytes of a data chunk: a tenth of the filesystem, a GiB at most (fs/btrfs/volumes.c), for each copy."""
+    copies = Allocation(guest).copies()
     answer = os.statvfs(guest.mountpoint)
-    tenth = -(-answer.f_blocks * answer.f_frsize // 10 // _ROUND) * _ROUND
-    return min(GIB, tenth)
+    size = answer.f_blocks * answer.f_frsize * copies
+    return min(GIB, -(-size // 10 // _ROUND) * _ROUND) * copies
 
 
 def available(guest: Guest) -> int | None:

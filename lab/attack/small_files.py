@@ -109,7 +109,8 @@ def last_file(bed: Testbed, grant: int, mkfs: tuple[str, ...]) -> list[str]:
     folder = guest.mountpoint / "small"
     folder.mkdir()
     while counts.metadata_headroom() > NEARLY_FULL and made.files < FILES:
-        make_small(folder, made.files + 500, made, never, patience_s=PATIENCE_S)
+        step = 2500 if counts.metadata_headroom() > 4 * NEARLY_FULL else 500
+        make_small(folder, made.files + step, made, never, patience_s=PATIENCE_S)
         sync(guest)
     before = made.files
     daemon = bed.daemon(guest)
@@ -119,9 +120,12 @@ def last_file(bed: Testbed, grant: int, mkfs: tuple[str, ...]) -> list[str]:
     metadata = counts.metadata()
     faults, longest, waits = [], 0.0, 0
     for _ in range(bed.tries(3, 12)):
-        make_small(folder, FILES, made, never, patience_s=0.0)
+        refusals = made.refused
         # statvfs shows 0 while metadata is short: what is left of the grant is what metadata has not taken.
-        left = grant - (counts.metadata() - metadata)
+        while (left := grant - (counts.metadata() - metadata)) >= LEFT and made.refused == refusals:
+            if made.files >= FILES:
+                break
+            make_small(folder, made.files + 500, made, never, patience_s=0.0)
         if made.files >= FILES or left < LEFT:
             break
         refused, waits = time.monotonic(), waits + 1
