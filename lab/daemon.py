@@ -21,6 +21,13 @@ from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc
 STARTS_WITHIN_S = 20.0
 
 
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 class Daemon:
     """`storaged serve` on a unix socket in `directory`. Stopped on the way out of `with`, killed if it will not."""
 
@@ -75,13 +82,13 @@ class Daemon:
             else:
                 return self
 
-    def children(self) -> list[int]:
-        """Process ids of its children."""
+    def children(self, script: str = "") -> list[int]:
+        """Process ids of its children; only of those that run `script`."""
         found: list[int] = []
         for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
             with contextlib.suppress(OSError):
                 found += map(int, path.read_text(encoding="ascii").split())
-        return found
+        return [pid for pid in found if script.encode() in _command_line(pid)]
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:

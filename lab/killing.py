@@ -38,6 +38,9 @@ CHECK_EVERY = 50
 GOES_WITHIN_S = 10.0
 
 
+RESIZES = "resize_worker"
+
+
 class Application:
     """A program in the guest that writes on whatever happens to the daemon, every record certain before the next.
 
@@ -188,7 +191,7 @@ class Killer:
         if dice.random() < 0.4 and size_of(self._root) == SIZE:
             daemon.report_free(1 << 50)
             self._application.spread()
-        children = daemon.children()
+        children = daemon.children(RESIZES)
         self._asked.clear()
         what = self._begin()
         if not self._victims:  # all of them come before any comes again: a few kills have each kind too

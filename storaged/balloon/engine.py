@@ -98,7 +98,9 @@ class BalloonEngine:
         """Freed bytes that the last trim of this call left out, because it would have held them back."""
         self._grant: Grant | None = None
         self._owed = 0
-        """Host bytes that metadata was given beyond the grants, until a report grants as much again."""
+        """Host bytes taken beyond the grants, until a report grants as much again."""
+        self._data_then = 0
+        self._metadata_total = 0
         self._refused = False
 
     @property
@@ -158,10 +160,11 @@ class BalloonEngine:
 
     def _granted(self, limit: int) -> None:
         """The host has said `limit`. What is preallocated is counted after what is used: what changes counts twice."""
-        if limit >= self._owed:
-            self._owed = 0
-        self._refused = False
         space = self._fs.space()
+        self._see_metadata(space)
+        self._owed = 0 if limit >= (beyond := self._beyond(space)) else beyond
+        self._data_then = self._data(space)
+        self._refused = False
         spent, written = self._spent(space), self._fs.device_written()
         unwritten, known = self._unwritten(space, LOOK_PATIENCE_S)
         self._grant = Grant(limit, spent, unwritten, known, written)
@@ -203,10 +206,30 @@ class BalloonEngine:
         metadata = 0 if space.mixed else (space.metadata_used - space.metadata_readonly) * space.metadata_copies
         return (space.data_used - held) * space.data_copies + metadata
 
+    def _data(self, space: Space) -> int:
+        """Host bytes of applications' data."""
+        return (space.data_used - self._balloon.size()) * space.data_copies
+
+    def _see_metadata(self, space: Space) -> None:
+        """New chunks for metadata are paid by what is left of the grant, or they are owed."""
+        last, self._metadata_total = self._metadata_total, space.metadata_total
+        grown = (space.metadata_total - last) * space.metadata_copies if last else 0
+        if grown > 0 and grown > self._left(space) and not space.mixed:
+            self._owed += grown
+
+    def _beyond(self, space: Space) -> int:
+        """Host bytes taken beyond the grants: chunks for metadata, and data that was as fast as they were."""
+        free = self._grant.free if self._grant is not None else 0
+        return self._owed + max(self._data(space) - self._data_then - free, 0)
+
     def must_act(self, space: Space) -> bool:
         """True when more is available than is left of the grant, or metadata runs out; costs no system call."""
-        if target.relief_due(space, self._held) or (self._held and target.cramped(space)):
+        if target.relief_near(space, self._held) or (self._held and target.cramped(space)):
             return True
+        return self._exceeds(space)
+
+    def _exceeds(self, space: Space) -> bool:
+        """True when clearly more is available than is left of the grant."""
         if self._grant is None or space.read_only or space.exclusive_operation != "none":
             return False
         allowed = gr.left(self._grant, self._spent(space, self._held)) // space.data_copies
@@ -219,11 +242,9 @@ class BalloonEngine:
         """
         with self.lock:
             space = self._fs.space()
-            relief = self._metadata.relieve(self._left(space), self._owed, reserve)
-            if relief.given:
-                self.deflated_total += relief.given
-                if relief.host > self._left(space):
-                    self._owed += relief.host
+            self._see_metadata(space)
+            relief = self._metadata.relieve(self._left(space), self._beyond(space), reserve)
+            self.deflated_total += relief.given
             warning = ""
             if relief.refused and not self._refused:
                 warning = (
@@ -233,7 +254,8 @@ class BalloonEngine:
             self._refused = relief.refused
             self._held = self._size_or(self._held)
             space = self._fs.space()
-            if adjust and (relief.given or self.must_act(space)):
+            self._see_metadata(space)
+            if adjust and self._exceeds(space):
                 self._settle(fresh=False, giving=False)
                 self._held = self._size_or(self._held)
                 space = self._fs.space()
@@ -332,7 +354,7 @@ class BalloonEngine:
         if self._grant is None or self._grant.spent is None or not self._balloon.size():
             return 0  # nothing is known of any, or there is nothing to give
         space = self._fs.space()
-        return -goal_gap(space, self._allowed(space))
+        return self._allowed(space) - space.available
 
     def vacate(self, chunks: Iterable[Chunk]) -> int:
         """Let the balloon go out of `chunks`, for a resize that is about to cut them away; bytes given back."""
@@ -460,7 +482,7 @@ class BalloonEngine:
             freed = max(freed, space.data_used - self._fs.space().data_used)
             if freed < given // 2:
                 return PINNED.format(format_size(given), format_size(max(freed, 0)))
-        if size > wanted and (more := min(size - given, -goal_gap(after, self._allowed(after)))) > 0:
+        if size > wanted and (more := min(size - given, self._allowed(after) - after.available)) > 0:
             held = self._balloon.size()
             self._balloon.shrink(more)
             self.deflated_total += held - self._balloon.size()

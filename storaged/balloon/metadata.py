@@ -27,13 +27,12 @@ WORTH_A_CHUNK = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Relief:
-    """What metadata was given: bytes the balloon gave up, bytes of the host's disk metadata may grow by.
+    """Bytes that the balloon gave up for metadata.
 
     `refused`: it needed room, but the grant and what may be taken beyond it are used up.
     """
 
     given: int = 0
-    host: int = 0
     refused: bool = False
 
 
@@ -82,13 +81,14 @@ class MetadataCare:
             with contextlib.suppress(FilesystemError):
                 self.widen(ENOUGH_OF_A_CHUNK)
             space = self._fs.space()
-        if space.exclusive_operation != "none" or not target.relief_due(space, self._balloon.size()):
+        if space.exclusive_operation != "none" or not target.relief_near(space, self._balloon.size()):
             return Relief()
+        due = target.relief_due(space, self._balloon.size())
         if space.data_free >= space.data_chunk:
             self.hand_back_chunks()
             self._balloon.nudge()
             space = self._fs.space()
-            if not target.relief_due(space, self._balloon.size()):
+            if not target.relief_near(space, self._balloon.size()):
                 return Relief()
         owned = sorted(
             (chunk.length, chunk.logical, chunk.balloon)
@@ -99,15 +99,15 @@ class MetadataCare:
         worth = [chunk for chunk in owned if chunk[0] * space.data_copies >= WORTH_A_CHUNK * space.metadata_copies]
         for length, logical, _ in worth or owned[-1:]:
             size = target.relief_size(space, length)
-            if not target.relief_allowed(size, left, owed, reserve):
-                return Relief(refused=True)
+            if not target.relief_allowed(size, left, owed if due else reserve, reserve):
+                return Relief(refused=due)
             given = self._balloon.vacate([(logical, length)])
             self._fs.sync()
             self.hand_back_chunks()
             with contextlib.suppress(FilesystemError):  # else a writer of data is soon there, and takes it
                 self.widen(ENOUGH_OF_A_CHUNK)
             self._balloon.nudge()
-            return Relief(given, size)
+            return Relief(given)
         return Relief()
 
     def layout(self) -> Layout:

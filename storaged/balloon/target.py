@@ -83,9 +83,10 @@ def allowance(reported_free: int, reserve: int) -> int:
 
 
 def goal(space: Space, limit: int) -> int:
-    """The value `space.available` should come to for `limit`, both in logical bytes.
+    """Down to what `space.available` is taken for `limit`, both in logical bytes.
 
-    What is left for metadata in shared chunks is a part of the limit; there is no way to keep data out of it.
+    It is given back only up to the limit: what metadata is left would otherwise be given to data again and again. In
+    shared chunks it is a part of the limit; there is no way to keep data out of it.
     """
     claim = metadata_claim(space)
     return max(limit, claim) if space.mixed else limit + claim // space.data_copies
@@ -113,11 +114,11 @@ def next_move(space: Space, held: int, limit: int) -> Move:
     one.
     What is read-only for the moment cannot be taken, and is not tried.
     """
-    missing = space.available - goal(space, limit)
-    if missing < -TOLERANCE:
-        give = min(-(missing // SECTOR) * SECTOR, held)
+    short = limit - space.available
+    if short > TOLERANCE:
+        give = min(-(-short // SECTOR) * SECTOR, held)
         return Move(-give) if give else SETTLED
-    missing = min(missing, space.takeable)
+    missing = min(space.available - goal(space, limit), space.takeable)
     if missing < SECTOR:
         return SETTLED
     free = space.data_free
@@ -126,8 +127,8 @@ def next_move(space: Space, held: int, limit: int) -> Move:
     chunk = space.data_chunk
     # A chunk more would be allocated: does the room for metadata allow it?
     claim = metadata_claim(space)
-    short = space.unallocated - chunk * space.data_copies < claim
-    if claim and short and space.available - free <= ceiling(space, limit):
+    eaten = space.unallocated - chunk * space.data_copies < claim
+    if claim and eaten and space.available - free <= ceiling(space, limit):
         return Move(_sectors(free)) if free >= SECTOR else SETTLED
     if missing > free + 2 * chunk:
         return Move(_sectors(missing - 2 * chunk))
@@ -148,6 +149,16 @@ def pieces(size: int, rooms: Iterable[int]) -> tuple[list[int], int]:
         asked.append(_sectors(min(ordered.pop(), size)))
         size -= asked[-1]
     return asked, size
+
+
+def relief_near(space: Space, held: int) -> bool:
+    """True when metadata should have more room of what the balloon holds, as long as the grant pays for it.
+
+    Early: where metadata has run out, handing a chunk back takes the kernel half a minute.
+    """
+    if not held or space.mixed:
+        return False
+    return space.metadata_headroom + space.unallocated // space.metadata_copies < comfortable_headroom(space)
 
 
 def relief_due(space: Space, held: int) -> bool:

@@ -256,15 +256,6 @@ def writing(guest: Guest, rate: int, name: str = "writer") -> Iterator[None]:
         thread.join()
 
 
-def children(pid: int) -> list[int]:
-    """Process ids of the children of every thread of `pid`."""
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += map(int, path.read_text(encoding="ascii").split())
-    return found
-
-
 def running(pid: int) -> bool:
     """True while the process is there and not a zombie."""
     try:

@@ -19,7 +19,7 @@ from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, MIB
 from tests.btrfs import support
 from tests.btrfs.conftest import MakeDaemon, MakeGuest
-from tests.btrfs.support import Figures, available, children, report_for, running
+from tests.btrfs.support import Figures, available, report_for, running
 
 pytestmark = [pytest.mark.btrfs, pytest.mark.once]
 LARGE = 24 * GIB
@@ -48,7 +48,7 @@ def test_killed_at_any_moment(kills: int, figures: Figures) -> None:
 
 def _restarted_while_it_waits(daemon: Daemon) -> None:
     """Kill the daemon while its job waits for the device, the one work that surely lasts; start the next."""
-    (child,) = children(daemon.pid)
+    (child,) = daemon.children("resize_worker")
     daemon.kill()
     support.until(lambda: not running(child), within_s=10)
     daemon.start()
@@ -111,7 +111,7 @@ def test_no_answer_goes_out_before_the_journal_is_durable(
 def test_the_next_resize_works_after_the_child_was_killed(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     guest = make_guest(GIB, device_size=4 * GIB)
     daemon = make_daemon(guest)
-    (child,) = children(daemon.pid)
+    (child,) = daemon.children("resize_worker")
     _kill(child)
     support.until(lambda: not running(child), within_s=10)
     daemon.resize(3 * GIB)
@@ -123,14 +123,15 @@ def test_the_next_resize_works_after_the_child_was_killed(make_guest: MakeGuest,
 def test_the_child_never_outlives_the_daemon(how: str, make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     guest = make_guest(GIB, device_size=2 * GIB)
     daemon = make_daemon(guest)
-    (child,) = children(daemon.pid)
-    assert running(child)
+    there = daemon.children()
+    assert len(there) == 2
+    assert all(map(running, there))
     if how == "kill":
         daemon.kill()
     else:
         assert daemon.stop() == 0
-    support.until(lambda: not running(child), within_s=10)
-    guest.unmount()  # it held a descriptor of the filesystem
+    support.until(lambda: not any(map(running, there)), within_s=10)
+    guest.unmount()  # they held a descriptor of the filesystem
     guest.mount()
 
 

@@ -78,7 +78,7 @@ def test_the_room_is_there_again(how: str, guest: Guest, make_daemon: MakeDaemon
     # Whether the kernel is left in that state is a matter of moments; of so many rounds some leave it so.
     daemon = make_daemon(guest)
     for _ in range(ROUNDS):
-        children = daemon.children()
+        children = daemon.children("resize_worker")
         _shrink_that_is_in_the_way(guest, daemon)
         if how == "daemon":
             daemon.kill()

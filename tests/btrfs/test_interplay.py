@@ -197,7 +197,7 @@ def test_asleep_in_the_middle(whom: str, make_guest: MakeGuest, make_daemon: Mak
     daemon = make_daemon(guest)
     target = _target(daemon)
     assert daemon.resize(target) == STARTED
-    pids = {"daemon": [daemon.pid], "child": support.children(daemon.pid)}
+    pids = {"daemon": [daemon.pid], "child": daemon.children("resize_worker")}
     pids["both"] = pids["daemon"] + pids["child"]
     for _ in range(3):
         time.sleep(0.05)
