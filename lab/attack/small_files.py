@@ -167,7 +167,8 @@ def after_filling(bed: Testbed) -> list[str]:
     took = time.monotonic() - begun
     bed.say(files=made.files, refused=made.refused, took_s=round(took, 2), available=mib(available(guest) or 0))
     if made.files < 500 or (made.refused and took > CREATED_WITHIN_S):
-        faults.append(f"{made.files} of 500 small files in {took:.1f} s, refused {made.refused} times")
+        text = f"{made.files} of 500 small files in {took:.1f} s, refused {made.refused} times"
+        faults.append(f"{text} ({why(daemon)}; {' '.join(str(daemon.report().filesystem).split())})")
     return faults
 
 
