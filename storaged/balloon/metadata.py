@@ -85,16 +85,15 @@ class MetadataCare:
             return Relief()
         due = target.relief_due(space, self._balloon.size())
         if space.data_free >= space.data_chunk:
-            self.hand_back_chunks()
+            self.hand_back_chunks()  # where a balance finds no room, the kernel's cleaner does it after some seconds
             self._balloon.nudge()
             space = self._fs.space()
             if not target.relief_near(space, self._balloon.size()):
                 return Relief()
-        owned = sorted(
-            (chunk.length, chunk.logical, chunk.balloon)
-            for chunk in self.layout().chunks
-            if chunk.vacant and chunk.kind == "data" and chunk.balloon
-        )
+        data = [chunk for chunk in self.layout().chunks if chunk.kind == "data"]
+        if any(not chunk.used for chunk in data):
+            return Relief()  # it is on its way
+        owned = sorted((chunk.length, chunk.logical, chunk.balloon) for chunk in data if chunk.vacant)
         # The smallest that is worth it: what metadata does not take of it has to be taken back.
         worth = [chunk for chunk in owned if chunk[0] * space.data_copies >= WORTH_A_CHUNK * space.metadata_copies]
         for length, logical, _ in worth or owned[-1:]:

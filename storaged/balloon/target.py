@@ -103,7 +103,12 @@ def ceiling(space: Space, limit: int) -> int:
 
 
 def due_again(space: Space, limit: int) -> bool:
-    """True when so much more than `limit` is available that the balloon must be inflated without a new report."""
+    """True when so much more than `limit` is available that the balloon must be inflated without a new report.
+
+    A data chunk that was given up for metadata is not taken back while metadata waits for it.
+    """
+    if space.metadata_headroom < least_headroom(space) and not space.mixed:
+        return space.available > ceiling(space, limit) + TOLERANCE
     return space.available > max(goal(space, limit), limit + min(IDLE_SLACK, space.data_chunk)) + TOLERANCE
 
 
