@@ -143,10 +143,13 @@ SPACE = Row(
         ),
         lines(
             "Free on the host, as told",
-            "What the host said last. 1 GiB of it is never given to applications.",
+            "What the host said last, less 1 GiB for itself, is what the guest may take: by new files, by preallocated"
+            " extents that are not written yet, and by metadata.",
             BYTES,
             (only("storaged_host_free_bytes"), "told"),
             (only("storaged_filesystem_available_bytes"), "available to applications"),
+            (only("storaged_unwritten_bytes"), "preallocated, not written"),
+            (only("storaged_may_write_bytes"), "can reach the host at most"),
             runbook="StoragedHostReportStale",
         ),
         lines(
