@@ -192,6 +192,6 @@ class BestEffort:
 
     def _hand_back(self) -> None:
         try:
-            self._fs.reclaim_empty_chunks()
+            self._balloon.reclaim()
         except FilesystemError as error:
             log.info("empty chunks stay: %s", error)

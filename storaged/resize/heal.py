@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 
 from storaged.core.ports import Filesystem, Resizer
 from storaged.errors import FilesystemError, Kind, StoragedError
@@ -17,9 +18,19 @@ TRIES = 50
 class Healer:
     """Puts one filesystem right; blocking."""
 
-    def __init__(self, filesystem: Filesystem, resizer: Resizer, poll_s: float, patience_s: float) -> None:
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        resizer: Resizer,
+        reclaim: Callable[[], None],
+        *,
+        poll_s: float,
+        patience_s: float,
+    ) -> None:
         self._fs = filesystem
         self._resizer = resizer
+        self._reclaim = reclaim
+        """Hands empty chunks back, never while the balloon inflates into them."""
         self._poll_s = poll_s
         self._patience_s = patience_s
 
@@ -57,7 +68,7 @@ class Healer:
                 self.surely(size + SECTOR)
                 self.surely(size)
             else:
-                self._fs.reclaim_empty_chunks()
+                self._reclaim()
         except (StoragedError, OSError) as failure:
             return f"; healing it failed: {failure}"
         return ""

@@ -45,7 +45,7 @@ class ResizeRunner:
         self._poll_s = poll_s
         self._stops: dict[str, threading.Event] = {}  # by job; made by whichever comes first, work or cancel
         self._running = ""
-        self._healer = Healer(filesystem, resizer, poll_s, BUSY_WAIT_S)
+        self._healer = Healer(filesystem, resizer, balloon.reclaim, poll_s=poll_s, patience_s=BUSY_WAIT_S)
         self.recover = self._healer.recover
         self._calls = KernelCalls(filesystem, resizer, clock, poll_s)
         self._descent = Descent(filesystem, balloon, self._calls, self._healer)
