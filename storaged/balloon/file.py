@@ -29,8 +29,6 @@ from storaged.resize.fit import data_chunk
 from storaged.units import sector_floor
 
 MOST_SEGMENTS = 1024
-NUDGE = "0"
-"""A name that no segment has for longer than a moment; empty, so a crash leaves a segment that holds nothing."""
 
 
 def segment_size(filesystem_size: int) -> int:
@@ -136,15 +134,6 @@ class BtrfsBalloonFile:
             os.close(fd)
             raise self._foreign(self._name, f"{name!r} is not a plain file")
         return fd
-
-    def nudge(self) -> None:
-        """Creating a file is a transaction that reserves metadata (start_transaction, fs/btrfs/transaction.c)."""
-        if self._directory < 0:
-            return
-        with contextlib.suppress(OSError):
-            os.close(os.open(NUDGE, FILE | os.O_CREAT, 0o600, dir_fd=self._directory))
-        with contextlib.suppress(OSError):
-            os.unlink(NUDGE, dir_fd=self._directory)
 
     def size(self) -> int:
         return sum(segment.held for segment in self._segments())

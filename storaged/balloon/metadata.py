@@ -86,7 +86,6 @@ class MetadataCare:
         due = target.relief_due(space, self._balloon.size())
         if space.data_free >= space.data_chunk:
             self.hand_back_chunks()  # where a balance finds no room, the kernel's cleaner does it after some seconds
-            self._balloon.nudge()
             space = self._fs.space()
             if not target.relief_near(space, self._balloon.size()):
                 return Relief()
@@ -105,7 +104,6 @@ class MetadataCare:
             self.hand_back_chunks()
             with contextlib.suppress(FilesystemError):  # else a writer of data is soon there, and takes it
                 self.widen(ENOUGH_OF_A_CHUNK)
-            self._balloon.nudge()
             return Relief(given)
         return Relief()
 

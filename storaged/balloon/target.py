@@ -167,10 +167,10 @@ def relief_near(space: Space, held: int) -> bool:
 
 
 def relief_due(space: Space, held: int) -> bool:
-    """True when metadata is about to run out while the balloon holds room it could have, and would take it at once.
+    """True when metadata is about to run out while the balloon holds room it could have, and would take it soon.
 
-    The kernel allocates a metadata chunk with the next transaction once four fifths of the present ones are used
-    (should_alloc_chunk, fs/btrfs/block-group.c). Before that, data would get there first.
+    The kernel allocates a metadata chunk when a reservation fails, and not before four fifths of the present ones are
+    used (should_alloc_chunk, fs/btrfs/block-group.c). Before that, data would get there first.
     """
     if not held or space.mixed:
         return False

@@ -85,9 +85,6 @@ class BalloonFile(Protocol):
     def found(self) -> list[tuple[str, bool]]:
         """What was found and done when it was opened: (text, whether it is a warning)."""
 
-    def nudge(self) -> None:
-        """Begin a small transaction, so that the kernel allocates the next metadata chunk if that is due."""
-
     def size(self) -> int:
         """Bytes it holds now, without waiting for a commit."""
 

@@ -137,9 +137,6 @@ class SimBalloonFile:
         self.disk = disk
         self.found: list[tuple[str, bool]] = []
 
-    def nudge(self) -> None:
-        self.disk.faults.meet("nudge")
-
     def size(self) -> int:
         with self.disk.lock:
             return sum(c.held for c in self.disk.chunks)
