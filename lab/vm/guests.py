@@ -24,7 +24,7 @@ most_s = 0.5
 [termina]
 services = []
 """
-SERVES = b"serves what will be mounted"
+SERVES = b"serves what will be managed"
 """What the daemon says once it does."""
 
 
