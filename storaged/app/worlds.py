@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from storaged.app.options import Options
 from storaged.core.ports import World
-from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.errors import Kind, StoragedError
 from storaged.runtime import StorageService
 from storaged.units import format_size
 
@@ -33,10 +33,7 @@ def real_world(stateful: str, state_dir: str) -> World:
         raise StoragedError(f"the filesystem at {stateful} cannot be used: {error}", Kind.UNAVAILABLE) from error
     with contextlib.ExitStack() as undo:
         undo.callback(filesystem.close)
-        try:
-            journal = FileJournal(os.path.join(state_dir, filesystem.uuid))
-        except OSError as error:
-            raise ConfigError(f"state directory {state_dir}: {error.strerror}") from error
+        journal = FileJournal(os.path.join(state_dir, filesystem.uuid))
         balloon = BtrfsBalloonFile(filesystem.mountpoint)
         undo.callback(balloon.close)
         world = World(

@@ -92,6 +92,8 @@ class BalloonEngine:
         self.target = 0
         self.unwritten = Unwritten(0, known=False)
         """The last count of applications' preallocated, unwritten extents."""
+        self._excess = 0
+        """Host bytes that have become unwritten since the report without taking free room."""
         self._held = 0
         """Bytes of the balloon as of the last call; for samples, which must be cheap."""
         self._left_out = 0
@@ -114,7 +116,14 @@ class BalloonEngine:
 
     def count(self, patience_s: float) -> None:
         """Count the preallocated, unwritten extents, for whoever wants to know; the grant stays as it is."""
-        self.unwritten = self._preallocated.look(self._balloon.root_id, patience_s)
+        grant = self._grant
+        self.unwritten = seen = self._preallocated.look(self._balloon.root_id, patience_s)
+        if grant is None or not seen.known:
+            return
+        space = self._fs.space()
+        excess = gr.unexplained(grant, self._spent(space), seen.size * space.data_copies)
+        if grant is self._grant:
+            self._excess = excess
 
     def reach(self, space: Space) -> int:
         """Host bytes that the guest can still take, by any kind of write: data, preallocated extents, metadata."""
@@ -168,6 +177,7 @@ class BalloonEngine:
         spent, written = self._spent(space), self._fs.device_written()
         unwritten, known = self._unwritten(space, LOOK_PATIENCE_S)
         self._grant = Grant(limit, spent, unwritten, known, written)
+        self._excess = 0
 
     def _count_again(self, limit: int) -> None:
         """What is preallocated, where that was not known yet or stands in the way."""
@@ -183,6 +193,7 @@ class BalloonEngine:
             unwritten, known = self._unwritten(space, 0)
             if known:
                 self._grant = gr.counted_again(grant, spent, unwritten, device_written=written)
+                self._excess = 0
 
     def _unwritten(self, space: Space, patience_s: float) -> tuple[int, bool]:
         """Host bytes of preallocated, unwritten extents and whether that is known; else the most it can be."""
@@ -194,7 +205,7 @@ class BalloonEngine:
 
     def _left(self, space: Space) -> int:
         """Host bytes of the grant that may still be free at the moment of `space`."""
-        return gr.left(self._grant, self._spent(space)) if self._grant is not None else 0
+        return max(gr.left(self._grant, self._spent(space)) - self._excess, 0) if self._grant is not None else 0
 
     def _allowed(self, space: Space) -> int:
         """The same as bytes of data that applications may write."""
@@ -232,7 +243,8 @@ class BalloonEngine:
         """True when clearly more is available than is left of the grant."""
         if self._grant is None or space.read_only or space.exclusive_operation != "none":
             return False
-        allowed = gr.left(self._grant, self._spent(space, self._held)) // space.data_copies
+        left = gr.left(self._grant, self._spent(space, self._held)) - self._excess
+        allowed = max(left, 0) // space.data_copies
         return target.due_again(space, allowed)
 
     def sample(self, reserve: int, *, adjust: bool) -> Sampled:
@@ -531,12 +543,12 @@ class BalloonEngine:
         if not grant.known:
             text = (
                 f"preallocated files are still being counted; up to {format_size(grant.unwritten)} may be unwritten in"
-                f" them, {format_size(grant.limit)} are allowed: until that is known, nothing more can be written"
+                f" them, {format_size(grant.limit)} are allowed: until that is known, nothing more is given"
             )
             raise FilesystemError(text, errno.EAGAIN, Kind.BUSY)
         text = (
             f"applications have preallocated {format_size(grant.unwritten)} that they have not written yet,"
-            f" {format_size(grant.limit)} are allowed: nothing more can be written, but these can"
+            f" {format_size(grant.limit)} are allowed: nothing more is given, but these can be written"
         )
         raise FilesystemError(text, errno.ENOSPC)
 

@@ -55,6 +55,16 @@ def overspent(grant: Grant, spent: int) -> int:
     return max(spent - grant.spent - grant.free, 0)
 
 
+def unexplained(grant: Grant, spent: int, unwritten: int) -> int:
+    """By how much more is unwritten now than at the time of the report, beyond what was preallocated out of the grant.
+
+    It took no free room, so it has to come out of what is left.
+    """
+    if grant.spent is None or not grant.known:
+        return 0
+    return max(unwritten - grant.unwritten - max(spent - grant.spent, 0), 0)
+
+
 def committed(grant: Grant, spent: int) -> Grant:
     """The grant once a commit has shown what had been deleted before it: that is no room to be written again."""
     if grant.spent is None:

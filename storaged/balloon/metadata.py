@@ -14,10 +14,12 @@ from storaged.core.model import Space
 from storaged.core.ports import BalloonFile, Filesystem
 from storaged.errors import FilesystemError
 from storaged.resize.fit import LEAST_MARGIN
-from storaged.resize.layout import Layout, holes, with_balloon
+from storaged.resize.layout import Chunk, Layout, holes, with_balloon
 from storaged.units import format_size
 
 CLEANER_WAIT_S = 1.0
+DISCARD_WAIT_S = 30.0
+"""An empty chunk is deleted only after it was discarded, some 10 s after a commit (BTRFS_DISCARD_UNUSED_DELAY)."""
 POLL_S = 0.02
 ENOUGH_OF_A_CHUNK = 0.5
 """Where less is left, the kernel makes a smaller chunk."""
@@ -42,6 +44,7 @@ class MetadataCare:
     def __init__(self, filesystem: Filesystem, balloon: BalloonFile) -> None:
         self._fs = filesystem
         self._balloon = balloon
+        self._empty_since: float | None = None
 
     def widen(self, spare: float) -> str:
         """A larger chunk where metadata is cramped and `spare` times one is unallocated; says what it did."""
@@ -84,14 +87,15 @@ class MetadataCare:
         if space.exclusive_operation != "none" or not target.relief_near(space, self._balloon.size()):
             return Relief()
         due = target.relief_due(space, self._balloon.size())
-        if space.data_free >= space.data_chunk:
+        data = [chunk for chunk in self.layout().chunks if chunk.kind == "data"]
+        if any(not chunk.used for chunk in data):
             self.hand_back_chunks()  # where a balance finds no room, the kernel's cleaner does it after some seconds
             space = self._fs.space()
             if not target.relief_near(space, self._balloon.size()):
                 return Relief()
-        data = [chunk for chunk in self.layout().chunks if chunk.kind == "data"]
-        if any(not chunk.used for chunk in data):
-            return Relief()  # it is on its way
+            data = [chunk for chunk in self.layout().chunks if chunk.kind == "data"]
+        if self._on_its_way(data, space):
+            return Relief()
         owned = sorted((chunk.length, chunk.logical, chunk.balloon) for chunk in data if chunk.vacant)
         # The smallest that is worth it: what metadata does not take of it has to be taken back.
         worth = [chunk for chunk in owned if chunk[0] * space.data_copies >= WORTH_A_CHUNK * space.metadata_copies]
@@ -106,6 +110,17 @@ class MetadataCare:
                 self.widen(ENOUGH_OF_A_CHUNK)
             return Relief(given)
         return Relief()
+
+    def _on_its_way(self, data: list[Chunk], space: Space) -> bool:
+        """True while an empty chunk that is worth it may still become unallocated."""
+        worth = WORTH_A_CHUNK * space.metadata_copies
+        if not any(not chunk.used and chunk.length * space.data_copies >= worth for chunk in data):
+            self._empty_since = None
+            return False
+        now = time.monotonic()
+        if self._empty_since is None:
+            self._empty_since = now
+        return now - self._empty_since < DISCARD_WAIT_S
 
     def layout(self) -> Layout:
         """The filesystem's chunks with the balloon's share counted in."""

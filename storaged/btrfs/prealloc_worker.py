@@ -45,9 +45,10 @@ KEY = struct.Struct("=7Q4L4Q")
 HEADER = struct.Struct("=QQQLL")
 """btrfs_ioctl_search_header: transid, objectid, offset, type, length."""
 OBJECT_TYPE_LENGTH = struct.Struct("=8xQ8xLL")
-FILE_EXTENT = struct.Struct("=21xQ8xQQ")
-"""btrfs_file_extent_item: disk_bytenr, offset, num_bytes; the type is the byte at 20."""
-FILE_EXTENT_TYPE = 20
+FILE_EXTENT = struct.Struct("=21xQQQQ")
+"""btrfs_file_extent_item: disk_bytenr, disk_num_bytes, offset, num_bytes; bytes 16 and 20 are compression and type."""
+COMPRESSION, FILE_EXTENT_TYPE = 16, 20
+WRITTEN = 1  # BTRFS_FILE_EXTENT_REG
 PREALLOC = 2  # BTRFS_FILE_EXTENT_PREALLOC
 ROOT_V1 = struct.Struct("=160xQ32xQ8xL")
 """btrfs_root_item: generation, last_snapshot, refs."""
@@ -114,6 +115,25 @@ def outside(ranges: list[tuple[int, int]], others: list[tuple[int, int]]) -> int
             size -= min(end, others[at][1]) - max(start, others[at][0])
             at += 1
     return size
+
+
+def without(ranges: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of `ranges` lies in none of `others`; all as `union` makes them."""
+    left: list[tuple[int, int]] = []
+    index = 0
+    for begin, end in ranges:
+        start = begin
+        while index < len(others) and others[index][1] <= start:
+            index += 1
+        at = index
+        while at < len(others) and others[at][0] < end:
+            if others[at][0] > start:
+                left.append((start, others[at][0]))
+            start = max(start, others[at][1])
+            at += 1
+        if start < end:
+            left.append((start, end))
+    return left
 
 
 def unpack(pieces: Iterable[bytes]) -> Iterable[tuple[int, int]]:
@@ -246,28 +266,42 @@ class Trees:
     def read(self, tree: int, first: int = FIRST_FREE, last: int = LAST_FREE, *, whole: bool = True) -> Files | None:
         """The unwritten extents of the inodes `first` to `last`.
 
+        An extent counts as a whole, less what the same inode has written of it: btrfs frees it only as a whole, so room
+        that nothing refers to any more is still used, and becomes free without having been written.
         Without `whole`, one call at most: None when the inodes have more extents than it brings.
         """
         one = first == last
         buffer = self._small if one else self._large
         view = memoryview(buffer).cast("B")
-        found: dict[int, bytearray] = {}
+        found: dict[int, dict[int, int]] = {}
+        referred: dict[int, int] = {}
+        written: list[tuple[int, int]] = []
         low: Key | None = (first, EXTENT_DATA if one else 0, 0)
         high = (last, EXTENT_DATA, LARGEST)
         total = 0
-        header, extent, pack = OBJECT_TYPE_LENGTH.unpack_from, FILE_EXTENT.unpack_from, RANGE.pack
+        header, extent = OBJECT_TYPE_LENGTH.unpack_from, FILE_EXTENT.unpack_from
         while low is not None and low <= high and (count := self._search(buffer, tree, low, high, 0)):
             at, length = self._head, 0
             for _ in range(count):
                 objectid, kind, length = header(buffer, at)
                 at += 32
                 if kind == EXTENT_DATA and view[at + FILE_EXTENT_TYPE] == PREALLOC:
-                    address, offset, size = extent(buffer, at)
-                    ranges = found.get(objectid)
-                    if ranges is None:
-                        ranges = found[objectid] = bytearray()
-                    ranges += pack(address + offset, size)
+                    address, length_on_disk, _, size = extent(buffer, at)
+                    extents = found.get(objectid)
+                    if extents is None:
+                        extents = found[objectid] = {}
+                        referred[objectid] = 0
+                    extents[address] = length_on_disk
+                    referred[objectid] += size
                     total += size
+                elif (
+                    one
+                    and kind == EXTENT_DATA
+                    and view[at + FILE_EXTENT_TYPE] == WRITTEN
+                    and not view[at + COMPRESSION]
+                ):
+                    address, _, offset, size = extent(buffer, at)
+                    written.append((address + offset, size))
                 at += length
             # Of an inode, only the first extent can be longer than 53 bytes (inline).
             if one and at + EXTENT_ROOM <= len(buffer):
@@ -279,7 +313,26 @@ class Trees:
                 self.progress[tree] = total, len(found)
             _, objectid, offset, kind, _ = HEADER.unpack_from(buffer, at - length - HEADER.size)
             low = following((objectid, kind, offset))
-        return {inode: bytes(ranges) for inode, ranges in found.items()}
+        return self._unwritten(tree, found, referred, written if one else None)
+
+    def _unwritten(
+        self,
+        tree: int,
+        found: dict[int, dict[int, int]],
+        referred: dict[int, int],
+        written: list[tuple[int, int]] | None,
+    ) -> Files:
+        """Of every inode its whole extents, less what is `written` of them; None: read again where that is needed."""
+        files: Files = {}
+        for inode, extents in found.items():
+            if sum(extents.values()) == referred[inode]:
+                files[inode] = b"".join(RANGE.pack(*item) for item in extents.items())
+            elif written is None:
+                files.update(self.read(tree, inode, inode) or {})
+            else:
+                left = without(union(extents.items()), union(written))
+                files[inode] = b"".join(RANGE.pack(start, end - start) for start, end in left)
+        return files
 
     def _spend(self, count: int) -> None:
         if self.budget is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,8 +18,9 @@ class FileJournal:
     """`<directory>/journal.json`, replaced atomically, with a checksum against a torn disk."""
 
     def __init__(self, directory: str) -> None:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
         self._directory = directory
+        with contextlib.suppress(OSError):  # said when it is needed: the daemon serves without, and says so
+            os.makedirs(directory, mode=0o700, exist_ok=True)
         self._last: bytes | None = None
 
     def load(self) -> dict[str, object] | None:
@@ -27,7 +29,7 @@ class FileJournal:
         try:
             with open(path, "rb") as file:
                 raw = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             checksum, _, body = raw.partition(b"\n")
