@@ -10,7 +10,17 @@ from lab.attack.registry import Scenario
 def scenarios(storm_s: float = 120.0) -> dict[str, Scenario]:
     """Every scenario by its name, in the order in which they run; the storm lasts `storm_s` seconds."""
     # Each of these registers its scenarios.
-    from lab.attack import commands, hands, idle, large, preallocated, restores, rounds, small_files  # noqa: F401
+    from lab.attack import (  # noqa: F401
+        commands,
+        hands,
+        idle,
+        large,
+        preallocated,
+        punched,
+        restores,
+        rounds,
+        small_files,
+    )
     from lab.attack.registry import SCENARIOS
     from lab.attack.storm.run import storm
 
