@@ -176,3 +176,31 @@ def test_room_in_a_read_only_chunk_is_available_and_cannot_be_taken() -> None:
     rest = replace(space, data_used=3 * GIB)
     assert target.next_move(rest, 2 * GIB, 0).by == 0, "nothing to take"
     assert rest.available > target.ceiling(rest, 0), "but it is no success"
+
+
+def test_what_became_unwritten_without_taking_free_room_comes_out_of_what_is_left() -> None:
+    guest = Guest()
+    guest.engine.hold(GIB)
+    guest.disk.preallocate(200 * MIB)  # out of the grant
+    guest.engine.count(1.0)
+    assert not guest.engine.must_act(guest.filesystem.space())
+    guest.disk.unwritten += 300 * MIB  # in room that was used before, and is written no more
+    guest.disk.write(300 * MIB)
+    guest.engine.count(1.0)
+    assert not guest.engine.must_act(guest.filesystem.space()), "as much was spent meanwhile"
+    guest.disk.unwritten += 300 * MIB
+    guest.engine.count(1.0)
+    assert guest.engine.must_act(guest.filesystem.space())
+    guest.engine.sample(GIB, adjust=True)
+    assert guest.available == pytest.approx(GIB - 800 * MIB, abs=target.TOLERANCE)
+
+
+@given(then=sizes, now=sizes, unwritten_then=sizes, unwritten_now=sizes)
+def test_only_what_spending_does_not_explain_counts(
+    then: int, now: int, unwritten_then: int, unwritten_now: int
+) -> None:
+    grant = Grant(GIB, then, unwritten_then)
+    excess = gr.unexplained(grant, now, unwritten_now)
+    assert excess == max(unwritten_now - unwritten_then - max(now - then, 0), 0)
+    assert gr.unexplained(replace(grant, known=False), now, unwritten_now) == 0
+    assert gr.unexplained(replace(grant, spent=None), now, unwritten_now) == 0

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storaged.btrfs.prealloc_worker import LARGEST, RANGE, following, outside, union, unpack
+from storaged.btrfs.prealloc_worker import LARGEST, RANGE, following, outside, union, unpack, without
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=12)
 
@@ -29,6 +29,13 @@ def test_outside_counts_the_bytes_in_the_first_alone(
     ours: list[tuple[int, int]], others: list[tuple[int, int]]
 ) -> None:
     assert outside(union(ours), union(others)) == len(_bytes(ours) - _bytes(others))
+
+
+@given(RANGES, RANGES)
+def test_without_keeps_the_bytes_in_the_first_alone(ours: list[tuple[int, int]], others: list[tuple[int, int]]) -> None:
+    left = without(union(ours), union(others))
+    assert _bytes([(start, end - start) for start, end in left]) == _bytes(ours) - _bytes(others)
+    assert all(start < end for start, end in left)
 
 
 def test_ranges_at_the_end_of_the_address_space() -> None:
