@@ -212,6 +212,8 @@ class Trees:
         self._large = ctypes.create_string_buffer(self._head + BUFFER)
         self._small = ctypes.create_string_buffer(self._head + INODE_BUFFER)
         self.scanned = 0
+        self.parts: list[tuple[int, int]] = []
+        """Of the inode that was read last: what nothing refers to in extents of which it has written parts."""
         self.progress: dict[int, tuple[int, int]] = {}
         """Bytes and files by tree id, of what `read` has gone through as a whole."""
         self.budget: int | None = None
@@ -276,6 +278,7 @@ class Trees:
         found: dict[int, dict[int, int]] = {}
         referred: dict[int, int] = {}
         written: list[tuple[int, int]] = []
+        parts: dict[int, int] = {}
         low: Key | None = (first, EXTENT_DATA if one else 0, 0)
         high = (last, EXTENT_DATA, LARGEST)
         total = 0
@@ -300,8 +303,10 @@ class Trees:
                     and view[at + FILE_EXTENT_TYPE] == WRITTEN
                     and not view[at + COMPRESSION]
                 ):
-                    address, _, offset, size = extent(buffer, at)
+                    address, length_on_disk, offset, size = extent(buffer, at)
                     written.append((address + offset, size))
+                    if length_on_disk > size:
+                        parts[address] = length_on_disk
                 at += length
             # Of an inode, only the first extent can be longer than 53 bytes (inline).
             if one and at + EXTENT_ROOM <= len(buffer):
@@ -313,6 +318,8 @@ class Trees:
                 self.progress[tree] = total, len(found)
             _, objectid, offset, kind, _ = HEADER.unpack_from(buffer, at - length - HEADER.size)
             low = following((objectid, kind, offset))
+        if one:
+            self.parts = without(union(parts.items()), union(written))
         return self._unwritten(tree, found, referred, written if one else None)
 
     def _unwritten(
@@ -459,7 +466,7 @@ class Scanner:
             read = self.trees.read(tree, inode, inode, whole=whole)
             if read is None:  # it is there, and has many extents
                 continue
-            ranges = read.get(inode)
+            ranges = self._still_used(read.get(inode), fresh.get(inode))
             if ranges != fresh.get(inode):
                 if fresh is files:
                     fresh = dict(files)
@@ -468,6 +475,20 @@ class Scanner:
                 else:
                     fresh[inode] = ranges
         return fresh
+
+    def _still_used(self, now: bytes | None, before: bytes | None) -> bytes | None:
+        """`now`, and what was unwritten `before` in extents of which the inode still refers to written parts.
+
+        Nothing refers to it any more, but it becomes free with the rest of its extent, and was never written.
+        """
+        if not before or not self.trees.parts:
+            return now
+        old = union(unpack([before]))
+        kept = without(old, without(old, self.trees.parts))
+        if not kept:
+            return now
+        joined = union([*unpack([now or b""]), *((start, end - start) for start, end in kept)])
+        return b"".join(RANGE.pack(start, end - start) for start, end in joined)
 
     def _probe(self, found: dict[int, Subvolume], pending: list[int], probes: int) -> None:
         """Look known inodes up, in turns when there are too many."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.loop import Guest, run
+from lab.loop import Guest, fill, run
 from storaged.balloon.file import BtrfsBalloonFile
 from storaged.balloon.place import NAME as SUBVOLUME
 from storaged.btrfs import ioctl, prealloc_worker
@@ -123,9 +123,9 @@ def test_every_way_to_use_one_file(disk: Disk) -> None:
     os.truncate(file, 6 * MIB)
     assert disk.size() == 9 * MIB
     write(file, 0, 6 * MIB)
-    assert disk.size() == 0
+    assert disk.size() == 4 * MIB, "replaced, punched or cut off, in extents of which the rest is used"
     disk.allocate("file", 3 * MIB, ioctl.FALLOC_FL_KEEP_SIZE, 6 * MIB)
-    assert disk.size() == 3 * MIB
+    assert disk.size() == 7 * MIB
     file.unlink()
     found = disk.scanner.look(0, PATIENCE_S)
     assert (found.size, found.files) == (0, 0)
@@ -180,6 +180,24 @@ def test_what_was_punched_counts_as_long_as_its_extent_is_used(disk: Disk) -> No
     disk.allocate("file", 128 * MIB - 4 * KIB, PUNCH, 4 * KIB)
     sync(disk.guest)
     assert disk.size() == 128 * MIB
+    file.unlink()
+    assert disk.size() == 0
+
+
+@pytest.mark.parametrize("how", ["punched", "truncated"])
+def test_where_only_written_parts_are_left_the_rest_of_the_extent_still_counts(disk: Disk, how: str) -> None:
+    disk.begin()
+    file = disk.allocate("file", 64 * MIB)
+    assert disk.size() == 64 * MIB
+    write(file, 0, MIB)
+    if how == "punched":
+        disk.allocate("file", 63 * MIB, PUNCH, MIB)
+    else:
+        os.truncate(file, MIB)
+    sync(disk.guest)
+    assert disk.size() == 63 * MIB
+    fill(disk.path / "other", MIB)
+    assert disk.size() == 63 * MIB, "also by the next look"
     file.unlink()
     assert disk.size() == 0
 
