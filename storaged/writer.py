@@ -298,7 +298,7 @@ class Writer:
         self._post(ev.BalloonSampled(size, 0, now, tight(space), rests, warning))
 
     def _warn_of_a_balance(self, space: Space) -> str:
-        """Of one that somebody else has started while the balloon is held: what it relocates is written."""
+        """Of a balance that storaged did not start while the balloon is held: what it relocates is written."""
         held = self._state.balloon.size
         if not held or self._state.active_job is not None or not space.exclusive_operation.startswith("balance"):
             return ""
@@ -308,7 +308,7 @@ class Writer:
         )
 
     async def _count(self) -> None:
-        """Know what is preallocated and not written, for whoever asks how much can still reach the host."""
+        """Keep the published count of what is preallocated and not written up to date."""
         while not self._closing:
             before = self._engine.unwritten
             await self._in("count", self._engine.count, COUNT_PATIENCE_S)

@@ -21,11 +21,11 @@ from storaged.core.model import Space, Unwritten
 from storaged.core.ports import BalloonFile, Filesystem, Preallocated
 from storaged.errors import FilesystemError, Kind
 from storaged.resize.layout import Chunk, Layout, Longest
-from storaged.units import MIB, SECTOR, format_size
+from storaged.units import GIB, MIB, SECTOR, format_size
 
 MOST_MOVES = 64
 """Moves per call: an idle filesystem needs under ten; bounds one call under continuous writes."""
-MOST_AT_ONCE = 256 << 30
+MOST_AT_ONCE = 256 * GIB
 """Bytes of one inflation, so that a newer limit need not wait for all of it."""
 BUSY_WAIT_S = 2.0
 BUSY_POLL_S = 0.02
@@ -68,7 +68,7 @@ class Sampled:
     warning: str = ""
 
 
-class Superseded(FilesystemError):  # not an error of anybody's
+class Superseded(FilesystemError):
     """A newer limit is to be held: this one was given up on the way."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class BalloonEngine:
         self._preallocated = preallocated
         self._metadata = MetadataCare(filesystem, balloon)
         self.lock = threading.RLock()
-        """Held by whoever moves the balloon or starts a balance; by the resize runner during each of its steps."""
+        """Held while the balloon moves or a balance starts; by the resize runner during each of its steps."""
         self.superseded = threading.Event()
         """Set while a newer limit waits: inflating many TiB takes the kernel longer than a host waits."""
         self.inflated_total = 0
@@ -115,7 +115,7 @@ class BalloonEngine:
         return self._balloon.size()
 
     def count(self, patience_s: float) -> None:
-        """Count the preallocated, unwritten extents, for whoever wants to know; the grant stays as it is."""
+        """Count the preallocated, unwritten extents; the grant stays as it is."""
         grant = self._grant
         self.unwritten = seen = self._preallocated.look(self._balloon.root_id, patience_s)
         if grant is None or not seen.known:
@@ -182,9 +182,7 @@ class BalloonEngine:
     def _count_again(self, limit: int) -> None:
         """What is preallocated, where that was not known yet or stands in the way."""
         grant = self._grant
-        if (
-            grant is None or grant.spent is None
-        ):  # after a restart it is not known what was spent: nothing is given back
+        if grant is None or grant.spent is None:  # after a restart: nothing is given back
             unwritten, known = self._unwritten(self._fs.space(), LOOK_PATIENCE_S if grant is None else 0)
             self._grant = Grant(limit, None, unwritten if known else 0, known)
         elif not grant.known or grant.overcommitted:
@@ -203,23 +201,23 @@ class BalloonEngine:
     def _bounded(self, seen: Unwritten, space: Space, held: int) -> int:
         return (seen.size if seen.known else max(space.data_used - held, 0)) * space.data_copies
 
-    def _left(self, space: Space) -> int:
+    def _left(self, space: Space, held: int | None = None) -> int:
         """Host bytes of the grant that may still be free at the moment of `space`."""
-        return max(gr.left(self._grant, self._spent(space)) - self._excess, 0) if self._grant is not None else 0
+        return max(gr.left(self._grant, self._spent(space, held)) - self._excess, 0) if self._grant is not None else 0
 
     def _allowed(self, space: Space) -> int:
         """The same as bytes of data that applications may write."""
         return self._left(space) // space.data_copies
 
     def _spent(self, space: Space, held: int | None = None) -> int:
-        """Host bytes that are not the balloon's, of data and of metadata."""
-        held = self._balloon.size() if held is None else held
+        """Host bytes that are not the balloon's, of data and of metadata; `held` where its size is known."""
         metadata = 0 if space.mixed else (space.metadata_used - space.metadata_readonly) * space.metadata_copies
-        return (space.data_used - held) * space.data_copies + metadata
+        return self._data(space, held) + metadata
 
-    def _data(self, space: Space) -> int:
+    def _data(self, space: Space, held: int | None = None) -> int:
         """Host bytes of applications' data."""
-        return (space.data_used - self._balloon.size()) * space.data_copies
+        held = self._balloon.size() if held is None else held
+        return (space.data_used - held) * space.data_copies
 
     def _see_metadata(self, space: Space) -> None:
         """New chunks for metadata are paid by what is left of the grant, or they are owed."""
@@ -243,9 +241,7 @@ class BalloonEngine:
         """True when clearly more is available than is left of the grant."""
         if self._grant is None or space.read_only or space.exclusive_operation != "none":
             return False
-        left = gr.left(self._grant, self._spent(space, self._held)) - self._excess
-        allowed = max(left, 0) // space.data_copies
-        return target.due_again(space, allowed)
+        return target.due_again(space, self._left(space, self._held) // space.data_copies)
 
     def sample(self, reserve: int, *, adjust: bool) -> Sampled:
         """Between reports: give metadata its next chunk if it runs out; take what has become available (`adjust`).

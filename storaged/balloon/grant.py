@@ -48,13 +48,6 @@ def left(grant: Grant, spent: int) -> int:
     return min(max(grant.free - (spent - grant.spent), 0), grant.free)
 
 
-def overspent(grant: Grant, spent: int) -> int:
-    """What was written beyond the grant (metadata, as a rule)."""
-    if grant.spent is None:
-        return 0
-    return max(spent - grant.spent - grant.free, 0)
-
-
 def unexplained(grant: Grant, spent: int, unwritten: int) -> int:
     """By how much more is unwritten now than at the time of the report, beyond what was preallocated out of the grant.
 
@@ -73,7 +66,7 @@ def committed(grant: Grant, spent: int) -> Grant:
 
 
 def counted_again(grant: Grant, spent: int, unwritten: int, *, device_written: int) -> Grant:
-    """The grant after the preallocated extents were counted anew, some time after the report.
+    """The grant after the preallocated extents were counted again, some time after the report.
 
     What reached the host since the report is at most what was written to the device, so that is what it has cost.
     """

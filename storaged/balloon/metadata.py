@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storaged.balloon import target
 from storaged.core.model import Space
@@ -15,7 +15,7 @@ from storaged.core.ports import BalloonFile, Filesystem
 from storaged.errors import FilesystemError
 from storaged.resize.fit import LEAST_MARGIN
 from storaged.resize.layout import Chunk, Layout, holes, with_balloon
-from storaged.units import format_size
+from storaged.units import MIB, format_size
 
 CLEANER_WAIT_S = 1.0
 DISCARD_WAIT_S = 30.0
@@ -23,7 +23,7 @@ DISCARD_WAIT_S = 30.0
 POLL_S = 0.02
 ENOUGH_OF_A_CHUNK = 0.5
 """Where less is left, the kernel makes a smaller chunk."""
-WORTH_A_CHUNK = 16 << 20
+WORTH_A_CHUNK = 16 * MIB
 """Bytes of a copy: a smaller metadata chunk would be used up at once."""
 
 
@@ -96,20 +96,21 @@ class MetadataCare:
             data = [chunk for chunk in self.layout().chunks if chunk.kind == "data"]
         if self._on_its_way(data, space):
             return Relief()
-        owned = sorted((chunk.length, chunk.logical, chunk.balloon) for chunk in data if chunk.vacant)
+        owned = sorted((chunk.length, chunk.logical) for chunk in data if chunk.vacant)
+        if not owned:
+            return Relief()
         # The smallest that is worth it: what metadata does not take of it has to be taken back.
-        worth = [chunk for chunk in owned if chunk[0] * space.data_copies >= WORTH_A_CHUNK * space.metadata_copies]
-        for length, logical, _ in worth or owned[-1:]:
-            size = target.relief_size(space, length)
-            if not target.relief_allowed(size, left, owed if due else reserve, reserve):
-                return Relief(refused=due)
-            given = self._balloon.vacate([(logical, length)])
-            self._fs.sync()
-            self.hand_back_chunks()
-            with contextlib.suppress(FilesystemError):  # else a writer of data is soon there, and takes it
-                self.widen(ENOUGH_OF_A_CHUNK)
-            return Relief(given)
-        return Relief()
+        worth = WORTH_A_CHUNK * space.metadata_copies
+        length, logical = next((chunk for chunk in owned if chunk[0] * space.data_copies >= worth), owned[-1])
+        size = target.relief_size(space, length)
+        if not target.relief_allowed(size, left, owed if due else reserve, reserve):
+            return Relief(refused=due)
+        given = self._balloon.vacate([(logical, length)])
+        self._fs.sync()
+        self.hand_back_chunks()
+        with contextlib.suppress(FilesystemError):  # else a writer of data is soon there, and takes it
+            self.widen(ENOUGH_OF_A_CHUNK)
+        return Relief(given)
 
     def _on_its_way(self, data: list[Chunk], space: Space) -> bool:
         """True while an empty chunk that is worth it may still become unallocated."""
@@ -127,13 +128,7 @@ class MetadataCare:
         layout = self._fs.layout()
         if not self._balloon.size():
             return layout
-        return Layout(
-            layout.size,
-            layout.device,
-            with_balloon(layout.chunks, self._balloon.extents()),
-            layout.global_reserve,
-            layout.metadata_chunk,
-        )
+        return replace(layout, chunks=with_balloon(layout.chunks, self._balloon.extents()))
 
     def hand_back_chunks(self) -> None:
         """After a deflation with metadata short: the room is wanted now, not when the cleaner comes by."""

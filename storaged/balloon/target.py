@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from storaged.core.model import Space
-from storaged.units import KIB, MIB, SECTOR
+from storaged.core.model import MOST_SUPERBLOCKS, Space
+from storaged.units import MIB, SECTOR
 
 TOLERANCE = MIB
 """Differences below this are not worth a commit; hosts report in steps of 100 MiB."""
@@ -27,7 +27,6 @@ LEAST_ROOM = 4 * MIB
 IDLE_SLACK = 64 * MIB
 """By this much the kernel's accounts may be off for a moment: what it discards is hidden in pieces of up to 64 MiB
 (BTRFS_ASYNC_DISCARD_DEFAULT_MAX_SIZE, fs/btrfs/discard.h), and applications write and delete while it is counted."""
-MOST_SUPERBLOCKS = 3 * 64 * KIB
 WORTH_A_PIECE, MOST_PIECES = MIB, 64
 """Room that is taken piece by piece: the smallest of them, in bytes, and how many in one move."""
 

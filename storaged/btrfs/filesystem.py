@@ -13,18 +13,16 @@ from btrfs.ctree import BLOCK_GROUP_DATA, BLOCK_GROUP_METADATA, BLOCK_GROUP_SYST
 
 from storaged.btrfs import ioctl, search
 from storaged.btrfs.swap import pinned_ranges
-from storaged.core.model import KernelReclaim, Space
+from storaged.core.model import MOST_SUPERBLOCKS, KernelReclaim, Space
 from storaged.core.trim import ChunkRange, is_safe, pieces
 from storaged.errors import FilesystemError, Kind, NotBtrfs, Unsupported
 from storaged.resize.layout import Chunk, Layout
-from storaged.units import GIB, KIB, MIB
+from storaged.units import GIB, MIB
 
 MOST_DATA_CHUNK = GIB
 """A data stripe is at most this (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
 CHUNK_STEP = 16 * MIB
 """A tenth of the filesystem is rounded up to this (fs/btrfs/volumes.c, decide_stripe_size_regular)."""
-MOST_SUPERBLOCKS = 3 * 64 * KIB
-"""What copies of the superblock cover counts as read-only for ever (exclude_super_stripes, fs/btrfs/block-group.c)."""
 DEVICE_RANGE_RESERVED = MIB
 """BTRFS_DEVICE_RANGE_RESERVED: never part of a chunk."""
 

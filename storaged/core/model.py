@@ -5,7 +5,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from storaged.units import GIB, MIB
+from storaged.units import GIB, KIB, MIB
+
+MOST_SUPERBLOCKS = 3 * 64 * KIB
+"""Bytes that copies of the superblock keep read-only (exclude_super_stripes, fs/btrfs/block-group.c)."""
 
 
 class Told(enum.IntEnum):
