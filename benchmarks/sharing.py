@@ -25,6 +25,7 @@ from storaged.addresses import UnixAddress
 from storaged.host.config import GuestConfig, PoolConfig
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
+from storaged.host.leases import Answer
 from storaged.host.levels import Level
 from storaged.host.service import tune
 from storaged.host.settings import Sharing
@@ -82,6 +83,9 @@ class _Source:
     def free(self) -> int:
         return self.value
 
+    def total(self) -> int:
+        return AMPLE
+
 
 class _Client(GuestClient):
     """Writes down when each call began and ended well."""
@@ -91,14 +95,15 @@ class _Client(GuestClient):
     everyone: list[_Client] = []  # noqa: RUF012  # as above
 
     def __init__(self, guest: GuestConfig) -> None:
-        super().__init__(guest.name, guest.address)
+        super().__init__(guest.name, guest.address, trusted=True)
         self.everyone.append(self)
 
-    async def set_available(self, size: int, level: Level, within_s: float) -> None:
+    async def set_available(self, size: int, level: Level, within_s: float) -> tuple[Answer, str]:
         begun = time.perf_counter()
-        await super().set_available(size, level, within_s)
+        answer = await super().set_available(size, level, within_s)
         self.calls.setdefault(self.name, (begun, time.perf_counter()))
         _Client.count += 1
+        return answer
 
 
 def _cpu_s() -> float:

@@ -21,6 +21,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,11 +38,12 @@ def _rpc(method: str) -> tuple[Target, list[bytes]]:
     from storaged.errors import StoragedError
 
     loop = asyncio.new_event_loop()
+    context = SimpleNamespace(trailing_metadata=tuple, set_trailing_metadata=lambda _: None)
     maitred = loop.run_until_complete(servicer())
     kind = request_type(method)
 
     async def call(request: Any) -> None:
-        asking = asyncio.ensure_future(getattr(maitred, method)(request, None))
+        asking = asyncio.ensure_future(getattr(maitred, method)(request, context))
         done, _ = await asyncio.wait({asking}, timeout=CALL_WITHIN_S)
         if not done:
             asking.cancel()  # a program that was asked to be waited for

@@ -299,8 +299,21 @@ class StorageService(Writer):
         space: Space = await asyncio.wait_for(self._in("read", fs.space), ANSWER_WITHIN_S)
         return space.available
 
+    async def measured(self) -> Snapshot | None:
+        """The present state with the space just read; None when the filesystem does not answer soon."""
+        try:
+            space = await asyncio.wait_for(self._in("read", self._world.filesystem.space), READ_WITHIN_S)
+        except (StoragedError, TimeoutError):
+            return None
+        reach, potential = self._engine.reach(space), self._engine.potential(space)
+        return replace(self.snapshot, space=space, reach=reach, potential=potential)
+
     async def refreshed(self) -> Snapshot:
-        """The present state with the space read anew, if the filesystem answers soon."""
+        """The present state with the space read anew, if the filesystem answers soon.
+
+        Its sequence is of before it was read: what it says of the space is at least as new as that.
+        """
+        sequence = self.snapshot.sequence
         try:
             space = await asyncio.wait_for(self._in("read", self._world.filesystem.space), READ_WITHIN_S)
             await asyncio.wait_for(self._in("count", self._engine.count, COUNT_PATIENCE_S), READ_WITHIN_S)
@@ -309,9 +322,11 @@ class StorageService(Writer):
         engine = self._engine
         return replace(
             self.snapshot,
+            sequence=sequence,
             space=space,
             unwritten=engine.unwritten,
             reach=engine.reach(space),
+            potential=engine.potential(space),
             wall=self._world.clock.wall(),
         )
 

@@ -59,6 +59,8 @@ class Snapshot:
     unwritten: Unwritten
     reach: int
     """Bytes that the guest can still make the host's disk grow by."""
+    potential: int
+    """Bytes of the host's disk that the guest holds and can still take."""
     inflated_total: int
     deflated_total: int
     moved_total: int
@@ -441,6 +443,7 @@ class Writer:
             grant=self._engine.grant,
             unwritten=self._engine.unwritten,
             reach=self._engine.reach(space),
+            potential=self._engine.potential(space),
             inflated_total=self._engine.inflated_total,
             deflated_total=self._engine.deflated_total,
             moved_total=self._moved_total,

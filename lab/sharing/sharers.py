@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lab.sharing.disk import Disk
 from storaged.host import events as ev
+from storaged.host.leases import Answer
 from storaged.host.model import State
 from storaged.host.settings import Sharing
 from storaged.host.shares import next_wakeup, step
@@ -94,7 +95,7 @@ class Ours:
 
     def answered(self, guest: int, seq: int, available: int) -> None:
         name = self._name(guest)
-        self._tell(ev.GrantAcked(name, seq, available, self._disk.now))
+        self._tell(ev.GrantAcked(name, seq, Answer(available), self._disk.now))
         self._tell(ev.GuestSampled(name, self._disk.vms[guest].image, self._disk.now))
 
     def failed(self, guest: int, seq: int) -> None:

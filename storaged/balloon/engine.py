@@ -131,6 +131,11 @@ class BalloonEngine:
         metadata = 0 if space.mixed else max(space.metadata_total - space.metadata_used, 0) * space.metadata_copies
         return space.available * space.data_copies + unwritten + metadata
 
+    def potential(self, space: Space) -> int:
+        """Host bytes that the guest holds and can still take. Writing does not change it, only the balloon does."""
+        metadata = 0 if space.mixed else space.metadata_total * space.metadata_copies
+        return self._data(space, self._held) + space.available * space.data_copies + metadata
+
     def prepare(self) -> str:
         """Give a new filesystem's metadata a chunk of the usual size while there is room; says what it did.
 

@@ -36,8 +36,8 @@ from storaged.units import parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _CONTROL = re.compile(r"loop|(qmp|crosvm):/.+")
-_GUEST = ("address", "image", "pool", "weight", "size", "pid_file", "peer", "control", "disk")
-_SHARES = ("kept_share", "idle_share", "band", "band_roomy")
+_GUEST = ("address", "image", "pool", "weight", "size", "pid_file", "peer", "control", "disk", "trust_balloon")
+_SHARES = ("kept_share", "idle_share", "band", "band_roomy", "reserve_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class GuestConfig:
     """One guest. `size` 0: as large as its image is now. `pid_file`: of its machine; `peer`: whence VmReady comes.
 
     `control`: who resizes the image, `loop`, `qmp:/socket` or `crosvm:/socket`; `disk`: which one it is there.
+    `trust_balloon`: the answers of an agent that is not storaged cover what is preallocated in the guest.
     """
 
     name: str
@@ -57,6 +58,7 @@ class GuestConfig:
     peer: str = ""
     control: str = "loop"
     disk: str = ""
+    trust_balloon: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Discovery:
     address: str
     image: str
     pool: str
+    trust_balloon: bool = False
 
     def guest(self, peer: str) -> GuestConfig | None:
         """The guest that calls from `peer`, as in `ipv4:10.0.0.5`; None when that is no place of its own."""
@@ -94,7 +97,8 @@ class Discovery:
             address = parse_guest_address(self.address.replace("{host}", within))
         except ConfigError:
             return None  # an address of another kind than `address` is made for
-        return GuestConfig(host, address, self.image.replace("{host}", host), self.pool, peer=peer)
+        image = self.image.replace("{host}", host)
+        return GuestConfig(host, address, image, self.pool, peer=peer, trust_balloon=self.trust_balloon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,14 +252,15 @@ def _of(where: str, table: dict[str, Any], pools: tuple[PoolConfig, ...]) -> str
 
 
 def _discovery(table: Any, pools: tuple[PoolConfig, ...]) -> Discovery:
-    table = _table("discovery", table, ("address", "image", "pool"))
+    table = _table("discovery", table, ("address", "image", "pool", "trust_balloon"))
     address = _text("discovery.address", table.get("address"))
     image = _path("discovery.image", table.get("image"))
     for key, value in (("address", address), ("image", image)):
         if "{host}" not in value:
             raise ConfigError(f"discovery.{key} = {value!r} must contain {{host}}: every guest has its own")
     _example(address)
-    return Discovery(address, image, _of("discovery", table, pools))
+    trust = _flag("discovery.trust_balloon", table.get("trust_balloon", False))
+    return Discovery(address, image, _of("discovery", table, pools), trust)
 
 
 def _example(address: str) -> GuestAddress:
@@ -285,7 +290,14 @@ def _guest(name: str, table: Any, pools: tuple[PoolConfig, ...]) -> GuestConfig:
         _path(f"{where}.pid_file", table["pid_file"]) if "pid_file" in table else "",
         _peer(f"{where}.peer", table["peer"]) if "peer" in table else "",
         *_control(where, table),
+        trust_balloon=_flag(f"{where}.trust_balloon", table.get("trust_balloon", False)),
     )
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} = {value!r}: true or false is accepted")
+    return value
 
 
 def _control(where: str, table: dict[str, Any]) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from storaged.host.guest_work import Agent
 from storaged.host.images import ImageBackend, make_backend
 from storaged.host.levels import zone
 from storaged.host.members import Connect, Members
-from storaged.host.model import State
+from storaged.host.model import State, books
 from storaged.host.resizes import Resizes, World
 from storaged.host.saga_model import Saga
 from storaged.host.settings import Resizing, Sharing
@@ -66,7 +66,7 @@ class Controller:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"pool-{pool.name}")
         self.unread = ""
         """Why the pool cannot be read; empty when it can."""
-        world = World(self._image, self._agent, self._sized, self._changed, self._room)
+        world = World(self._image, self._agent, self._sized, self._changed, self._room, self._claim, self._short)
         self._resizes = Resizes(pool.name, resizing or Resizing(), world)
         around = members.World(self.tell, self._changed, self._resizes.size_of, lambda: self.state.pool.pressure.level)
         self._members = Members(pool.name, guests, connect, around)
@@ -143,6 +143,26 @@ class Controller:
         if self.unread or pool.at is None:
             raise StoragedError(self.unread or f"pool {self.pool.name} was not looked at yet", Kind.UNAVAILABLE)
         return pool.free - pool.reserve
+
+    def _claim(self, name: str, size: int) -> None:
+        """Bytes that a resize of the guest may write besides what it may itself."""
+        self._step(ev.ClaimSet(name, size, time.monotonic()))
+        self._news.set()
+
+    def _short(self) -> int:
+        """Bytes that are promised and not there, or not known to be; 0 when all of them are."""
+        pool = self.state.pool
+        return max(-books(self.state).slack, 0 if pool.whole and not self.unread else 1)
+
+    def lift_fence(self, name: str) -> None:
+        """Let a guest that exceeded its grant have a share again. Raises StoragedError."""
+        guest = self.state.guests.get(name)
+        if guest is None:
+            raise StoragedError(f"no guest is called {name!r}", Kind.NOT_FOUND)
+        if not guest.fenced_until:
+            raise StoragedError(f"{name} is not fenced: it kept within its grant", Kind.PRECONDITION)
+        self._step(ev.FenceLifted(name, time.monotonic()))
+        self._news.set()
 
     def _changed(self) -> None:
         for observer in self._observers:

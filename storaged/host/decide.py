@@ -11,7 +11,10 @@ from storaged.units import sector_floor
 
 @dataclass(slots=True)
 class _Claim:
-    """A guest's part in one decision. `held` is what it may still write at most, `has` what it likely may."""
+    """A guest's part in one decision. `held` is what it may still write at most, `has` what it likely may.
+
+    Both without what no grant can take from it (`Lease.beyond`): that is fixed, as are others' holdings.
+    """
 
     guest: Guest
     held: int
@@ -42,7 +45,7 @@ class _Purse:
 def decide(state: State, at: float) -> list[tuple[str, int]]:
     """Grants to send now, in this order. Keeps the promises within free less reserve, if they are."""
     settings, pool = state.settings, state.pool
-    claims, fixed, settling, promised = _claims(state, at)
+    claims, mute, fixed, settling, promised = _claims(state, at)
     slack = pool.free - pool.reserve - promised
     if not pool.whole and slack >= 0:
         return []  # somebody's image is not in this epoch: what looks free may be spent
@@ -52,7 +55,10 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
         claim.want, claim.target = want, target
     purse = _Purse(slack, [])
     keep = int(max(room, 0) * settings.kept_share)
+    _ask_again(mute, purse, min(settings.base, keep // max(len(mute), 1)), at)
     _bind(claims, purse)
+    _tell_again(claims, purse)
+    _fence(claims, purse, at)
     unmet = _grow(state, [claim for claim in claims if claim.urgent], division, purse, 0)
     short = keep + unmet - settling - purse.left
     if short > 0:
@@ -65,25 +71,60 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
     return purse.sends
 
 
-def _claims(state: State, at: float) -> tuple[list[_Claim], int, int, int]:
-    """Those who can be given and taken from; what all others hold; what comes back when flights end; all of it."""
+def _claims(state: State, at: float) -> tuple[list[_Claim], list[_Claim], int, int, int]:
+    """Who can be given and taken from; who is to be asked again; what others hold; what comes back when flights end;
+    all of it."""
     claims: list[_Claim] = []
+    mute: list[_Claim] = []
     fixed = settling = promised = 0
     for guest in state.guests.values():
         if not guest.runs:
             continue
         held = charge(guest, state.settings)
         promised += held
-        flight = guest.lease.flight
+        lease = guest.lease
+        flight = lease.flight
         hangs = guest.presence is Presence.HANGING and (flight or at < guest.retry_at)
+        kept = min(lease.beyond + lease.raised + guest.claim + int(guest.overran), held)
         if hangs or guest.presence is Presence.SUSPENDED:
             fixed += held
+        elif guest.mute:
+            fixed += held
+            if flight is None and at >= guest.retry_at:
+                mute.append(_Claim(guest, held, held))
         elif flight:
-            settling += held - flight.size
+            kept = min(kept, max(held - flight.size, 0))
+            fixed += kept
+            settling += max(held - flight.size - kept, 0)
             claims.append(_Claim(guest, flight.size, flight.size, free_to_move=False))
         else:
+            fixed += kept
+            held -= kept
             claims.append(_Claim(guest, held, min(held, guest.likely), free_to_move=at >= guest.retry_at))
-    return claims, fixed, settling, promised
+    return claims, mute, fixed, settling, promised
+
+
+def _ask_again(mute: list[_Claim], purse: _Purse, most: int, at: float) -> None:
+    """Guests that have never answered are asked with little, all of them together: it may never be taken up."""
+    for claim in mute:
+        already = max(claim.guest.lease.ceiling - claim.guest.image, 0)
+        size = 0 if at < claim.guest.fenced_until else min(most - already, claim.guest.usable, purse.left)
+        purse.send(claim, sector_floor(max(size, 0)))
+
+
+def _tell_again(claims: list[_Claim], purse: _Purse) -> None:
+    """Guests whose last call failed, or that could not get there, are told what they have once more, if it is there."""
+    for claim in claims:
+        size = sector_floor(max(min(claim.target, claim.held), 0))
+        if claim.free_to_move and claim.guest.failures and claim.guest.lease.bound and size <= purse.left:
+            purse.send(claim, size)
+
+
+def _fence(claims: list[_Claim], purse: _Purse, at: float) -> None:
+    """What a guest still holds that exceeded its grant is taken from it."""
+    for claim in claims:
+        if claim.free_to_move and at < claim.guest.fenced_until and claim.held:
+            purse.send(claim, 0)
 
 
 def _bind(claims: list[_Claim], purse: _Purse) -> None:

@@ -51,23 +51,30 @@ class Division:
 def divide(guests: Sequence[Guest], room: int, at: float, settings: Sharing) -> Division:
     """Divide `room` bytes among `guests`: water-filling on what they want, then half of the rest by weight.
 
-    The other half stays for fast grants, as does a share of the whole. When wants do not fit, guests that do not
-    write want no more than their part of `idle_share`: else the last gigabytes would lie with those who sleep.
+    The other half stays for fast grants, as does a share of the whole. No guest gets more than its disk can take, and
+    one that is fenced gets nothing. When wants do not fit, guests that do not write want no more than their part of
+    `idle_share`: else the last gigabytes would lie with those who sleep.
     """
     if not guests:
         return Division([], [], roomy=True)
     room = int(max(room, 0) * (1 - settings.kept_share))
+    most = [0 if at < guest.fenced_until else guest.usable for guest in guests]
     weights = [guest.weight for guest in guests]
     horizon_s = settings.horizon_roomy_s
-    wants = [_want(guest, settings.base, horizon_s, at) for guest in guests]
+    wants = [min(_want(guest, settings.base, horizon_s, at), can) for guest, can in zip(guests, most, strict=True)]
     if roomy := 2 * sum(wants) <= room:
         shares = wants
     else:
         base = min(settings.base, int(room * settings.idle_share / len(guests)))
-        wants = [_want(guest, base if guest.rate < BUSY else settings.base, settings.horizon_s, at) for guest in guests]
+        wants = [
+            min(_want(guest, base if guest.rate < BUSY else settings.base, settings.horizon_s, at), can)
+            for guest, can in zip(guests, most, strict=True)
+        ]
         shares = water_fill(wants, weights, room)
     rest = (room - sum(shares)) / 2 / math.fsum(weights)
-    targets = [share + max(int(rest * weight), 0) for share, weight in zip(shares, weights, strict=True)]
+    targets = [
+        min(share + max(int(rest * weight), 0), can) for share, weight, can in zip(shares, weights, most, strict=True)
+    ]
     return Division(wants, targets, roomy)
 
 

@@ -10,16 +10,22 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from storaged.host.leases import Answer
+
 # --- events ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSampled:
-    """An epoch: `free` bytes on the pool, and what each running guest's image takes of it (st_blocks)."""
+    """An epoch: `free` bytes on the pool, and what each running guest's image takes of it (st_blocks).
+
+    `total`: bytes of the pool; 0 when not known.
+    """
 
     free: int
     at: float
     images: Mapping[str, int] = field(default_factory=dict)
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +83,13 @@ class GuestSampled:
 
 @dataclass(frozen=True, slots=True)
 class GrantAcked:
-    """The guest answered SetGrant `seq`; `available` is what it says its applications can still write."""
+    """The guest answered SetGrant `seq`. `refused`: why it did not get there; `answer` says where it stands."""
 
     guest: str
     seq: int
-    available: int
+    answer: Answer
     at: float
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,33 @@ class GrantFailed:
     reason: str
     at: float
     certain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PotentialReported:
+    """The guest reports that it has used and can still use `potential` bytes (see `leases`)."""
+
+    guest: str
+    potential: int
+    sequence: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimSet:
+    """A resize of the guest may write `size` bytes more than the guest itself may; 0 when it no longer does."""
+
+    guest: str
+    size: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class FenceLifted:
+    """An operator gives a guest that exceeded its grant its share again."""
+
+    guest: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +187,9 @@ Event = (
     | GrantAcked
     | GrantsAcked
     | GrantFailed
+    | PotentialReported
+    | ClaimSet
+    | FenceLifted
     | GuestSilent
     | RoomAsked
     | Suspended
@@ -194,6 +231,7 @@ class Topic(enum.Enum):
     BROKEN = "broken"  # the promises exceed what is there, though nobody was promised more
     RESTORED = "restored"
     OVERRUN = "overrun"  # a guest wrote more than it was granted
+    FENCE = "fence"  # it may have a grant again
     GUEST = "guest"
 
 

@@ -25,11 +25,13 @@ import grpc.aio
 from storaged.addresses import GuestAddress, HybridAddress, TcpAddress, UnixAddress, VsockAddress
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
+from storaged.host.leases import Answer
 from storaged.host.levels import Level
+from storaged.rpc.bound import read_bound
 from storaged.rpc.outward import Connect, Outward, to_hybrid, to_vsock
 from storaged.rpc.private import PrivateDirectory
 from storaged.rpc.proto import common_pb2, storaged_v1_pb2, storaged_v1_pb2_grpc, vm_guest_pb2, vm_guest_pb2_grpc
-from storaged.units import GIB, MAX_SIZE
+from storaged.units import GIB, MAX_SIZE, MIB
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -41,6 +43,8 @@ PLEA_S = 1.0
 ANSWER_S, WORK_S = 20.0, 600.0
 """For a plain answer, and for the end of a job that was cancelled: its last step takes its time."""
 AGAIN_FIRST_S, AGAIN_MOST_S = 1.0, 30.0
+TELL_POTENTIAL = 4 * MIB
+"""A potential that changes by less changes nothing."""
 BOUNDS_FIRST_S, BOUNDS_EVERY_S = 2.0, 60.0
 _NEVER_SENT = ("failed to connect to all addresses", "connections to all backends failing")
 _STATE = {
@@ -96,8 +100,9 @@ class GuestClient:
     `reported_at`: when it came, monotonic seconds; it stays when the report is dropped because nobody answers.
     """
 
-    def __init__(self, name: str, address: GuestAddress, tls: Tls | None = None) -> None:
+    def __init__(self, name: str, address: GuestAddress, tls: Tls | None = None, *, trusted: bool = False) -> None:
         self.name = name
+        self._trusted = trusted  # its SUCCESS covers what is preallocated, though it does not say so
         self.report: storaged_v1_pb2.Report | None = None
         self.reported_at: float | None = None
         self.plain = False  # known to be no storaged
@@ -106,24 +111,41 @@ class GuestClient:
         self._maitred = vm_guest_pb2_grpc.MaitredStub(self._channel)
         self._storage = storaged_v1_pb2_grpc.StorageStub(self._channel)
 
-    async def set_available(self, size: int, level: Level, within_s: float) -> None:
-        """Let applications in the guest write `size` bytes. Raises NotTold."""
+    async def set_available(self, size: int, level: Level, within_s: float) -> tuple[Answer, str]:
+        """Let applications in the guest write `size` bytes; what it answers, and why it did not get there or empty.
+
+        Raises NotTold, also when it did not get there and does not say where it is.
+        """
         request = vm_guest_pb2.UpdateStorageBalloonRequest(state=_STATE[level], free_space_bytes=size + HELD_BACK)
+        call = self._maitred.UpdateStorageBalloon(request, timeout=within_s)
         try:
-            answer = await self._maitred.UpdateStorageBalloon(request, timeout=within_s)
+            answer = await call
+            told = read_bound(await call.trailing_metadata(), MAX_SIZE)
         except grpc.aio.AioRpcError as error:
             raise _not_told(error) from None
-        if answer.result != vm_guest_pb2.SUCCESS:
-            raise NotTold("its balloon did not get there")
+        failed = answer.result != vm_guest_pb2.SUCCESS
+        if told is None:
+            if failed:
+                raise NotTold("its balloon did not get there")
+            return Answer(size, proven=self._trusted), ""
+        why = (told.reason or "its balloon did not get there") if failed else ""
+        return Answer(max(told.may_write, size), told.potential, told.sequence), why
 
-    async def watch(self, changed: Callable[[], None], lost: Callable[[], None], asked: Callable[[int], None]) -> None:
+    async def watch(
+        self,
+        changed: Callable[[], None],
+        lost: Callable[[], None],
+        asked: Callable[[int], None],
+        potential: Callable[[int, int], None],
+    ) -> None:
         """Keep `report` up to date for as long as this runs; returns when the agent is no storaged.
 
-        `asked`: called with the bytes of room that the guest pleads for, at most once in PLEA_S.
+        `potential`: called with the bytes that the guest holds and can still take, and the sequence of the report,
+        when they change. `asked`: called with the bytes of room that the guest pleads for, at most once in PLEA_S.
         """
         beside = [asyncio.create_task(self._ask_bounds(changed)), asyncio.create_task(self._hear_pleas(asked))]
         try:
-            await self._watch(changed, lost)
+            await self._watch(changed, lost, potential)
         finally:
             for task in beside:
                 task.cancel()
@@ -157,14 +179,22 @@ class GuestClient:
             known = self.report is not None and self.report.HasField("bounds")
             await asyncio.sleep(BOUNDS_EVERY_S * random.uniform(0.8, 1.2) if known else BOUNDS_FIRST_S)  # noqa: S311
 
-    async def _watch(self, changed: Callable[[], None], lost: Callable[[], None]) -> None:
+    async def _watch(
+        self, changed: Callable[[], None], lost: Callable[[], None], potential: Callable[[int, int], None]
+    ) -> None:
         wait_s = AGAIN_FIRST_S
+        last = told = 0
         while True:
             try:
                 request = storaged_v1_pb2.WatchRequest(min_interval_s=WATCH_INTERVAL_S)
                 async for report in self._storage.Watch(request):
                     self.report, self.reported_at = report, time.monotonic()
                     wait_s = AGAIN_FIRST_S
+                    # A grow opens its room for a moment, until the balloon takes it: what two reports say counts.
+                    last, now = report.balloon.potential_bytes, min(report.balloon.potential_bytes, last)
+                    if abs(now - told) >= TELL_POTENTIAL:
+                        told = now
+                        potential(min(now, MAX_SIZE), report.sequence)
                     changed()
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:

@@ -96,10 +96,11 @@ def interval(free: int, rate: float, settings: Sharing) -> float:
     return min(max(left_s / settings.looks, settings.poll_least_s), settings.poll_most_s)
 
 
-def reserve(outside: float, reaction_s: float, settings: Sharing) -> int:
+def reserve(outside: float, reaction_s: float, total: int, settings: Sharing) -> int:
     """Bytes to keep back: twice what others on the host write in one reaction, within bounds.
 
     Half is for the burst itself; out of the other half guests are told to shrink, each of which may first spend
-    what it has (see `leases`).
+    what it has (see `leases`). It adapts up to a share of the pool's `total` bytes (0: not known).
     """
-    return min(max(2 * int(outside * reaction_s), settings.reserve_least), settings.reserve_most)
+    most = min(settings.reserve_most, int(settings.reserve_share * total)) if total else settings.reserve_most
+    return max(min(2 * int(outside * reaction_s), most), settings.reserve_least)

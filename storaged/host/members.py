@@ -14,6 +14,7 @@ from storaged.host import events as ev
 from storaged.host.config import GuestConfig
 from storaged.host.guest_work import Agent
 from storaged.host.guests import NotTold
+from storaged.host.leases import Answer
 from storaged.host.levels import Level
 from storaged.host.machines import Machine
 from storaged.host.watch import allocated, logical
@@ -27,9 +28,13 @@ class Client(Agent, Protocol):
     reported_at: float | None
     plain: bool
 
-    async def set_available(self, size: int, level: Level, within_s: float) -> None: ...
+    async def set_available(self, size: int, level: Level, within_s: float) -> tuple[Answer, str]: ...
     async def watch(
-        self, changed: Callable[[], None], lost: Callable[[], None], asked: Callable[[int], None]
+        self,
+        changed: Callable[[], None],
+        lost: Callable[[], None],
+        asked: Callable[[int], None],
+        potential: Callable[[int, int], None],
     ) -> None: ...
     async def close(self) -> None: ...
 
@@ -126,14 +131,14 @@ class Members:
             tell(ev.GrantFailed(name, grant.seq, reason, time.monotonic(), certain=True))
             return
         try:
-            await client.set_available(grant.size, self._world.level(), within_s)
+            answer, refused = await client.set_available(grant.size, self._world.level(), within_s)
         except NotTold as error:
             tell(ev.GrantFailed(name, grant.seq, error.message, time.monotonic(), certain=error.certain))
         except Exception as error:  # whatever it is: a call that never ended would keep this guest from ever being told
             log.exception("%s: telling %s failed", self._pool, name)
             tell(ev.GrantFailed(name, grant.seq, type(error).__name__, time.monotonic()))
         else:
-            tell(ev.GrantAcked(name, grant.seq, grant.size, time.monotonic()))
+            tell(ev.GrantAcked(name, grant.seq, answer, time.monotonic(), refused))
 
     def _joined(self, member: Member) -> None:
         config = member.config
@@ -177,6 +182,7 @@ class Members:
             self._world.changed,
             lambda: tell(ev.GuestSilent(name, time.monotonic())),
             lambda size: tell(ev.RoomAsked(name, size, time.monotonic())),
+            lambda potential, sequence: tell(ev.PotentialReported(name, potential, sequence, time.monotonic())),
         )
 
 

@@ -44,6 +44,10 @@ class Guest:
     failures: int = 0
     retry_at: float = 0.0
     overran: float = 0.0  # charged on top, fades
+    overruns: int = 0
+    fenced_until: float = 0.0  # until then it is granted nothing, because it exceeded its grant
+    claim: int = 0  # what a resize of it may write besides
+    over_since: float = 0.0  # its image exceeds its ceiling, which a report may still explain
 
     @property
     def runs(self) -> bool:
@@ -55,7 +59,17 @@ class Guest:
         """What it may still write, at most; the rest of its disk when nothing better is known."""
         if self.lease.bound:
             return outstanding(self.lease, self.image, self.size)
+        return self.usable
+
+    @property
+    def usable(self) -> int:
+        """What could still be written to its image at all."""
         return max(self.size - self.image, 0)
+
+    @property
+    def mute(self) -> bool:
+        """Its agent has not answered since it was seen first, and was asked."""
+        return not self.lease.bound and self.failures > 0
 
     @property
     def likely(self) -> int:
@@ -69,6 +83,7 @@ class Pool:
 
     free: int = 0
     at: float | None = None
+    total: int = 0
     whole: bool = False
     outside: float = 0.0  # worst bytes a second that others on the host wrote, fading
     falls: float = 0.0  # bytes a second by which free falls, smoothed
@@ -112,13 +127,19 @@ class State:
 def charge(guest: Guest, settings: Sharing) -> int:
     """What is set aside for a running guest, as of the pool's epoch."""
     image = guest.image if guest.counted is None else guest.counted
+    extra = int(guest.overran) + guest.claim
+    ahead = 2 * int(guest.rate * settings.horizon_s)
     if guest.lease.bound:
-        return outstanding(guest.lease, image, guest.size) + int(guest.overran)
-    # Its whole disk may be more than there is, and then nobody else could have anything.
-    likely = 2 * (settings.base + int(guest.rate * settings.horizon_s))
+        left = outstanding(guest.lease, image, guest.size)
+        if not guest.lease.proven:
+            left = min(left + ahead, max(guest.size - image, 0))
+        return left + extra
+    # Its whole disk may be more than there is, and then no other guest could have anything. One that was asked and did
+    # not answer is set aside what it is seen to write.
+    likely = ahead if guest.mute else ahead + 2 * settings.base
     flight = guest.lease.flight
     likely = max(likely + (flight.size if flight else 0), guest.lease.ceiling - image)
-    return min(max(guest.size - image, 0), likely) + int(guest.overran)
+    return min(max(guest.size - image, 0), likely) + extra
 
 
 def books(state: State) -> Books:
@@ -134,8 +155,8 @@ def books(state: State) -> Books:
 
 
 def established(state: State) -> bool:
-    """The invariant: every running guest is bound and counted, and the promises fit."""
+    """The invariant: every running guest is bound, and proven, and counted, and the promises fit."""
     if state.pool.at is None or not state.pool.whole:
         return False
-    bound = all(guest.lease.bound for guest in state.guests.values() if guest.runs)
+    bound = all(guest.lease.bound and guest.lease.proven for guest in state.guests.values() if guest.runs)
     return bound and books(state).slack >= 0

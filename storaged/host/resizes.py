@@ -46,7 +46,8 @@ class Job:
 class World:
     """What resizes need of the controller: a guest's image and agent, and to be told sizes.
 
-    `room`: bytes that the pool has beyond its reserve; raises StoragedError while that is not known.
+    `room`: bytes that the pool has beyond its reserve; raises StoragedError while that is not known. `claim`: sets
+    bytes aside for what a guest's shrink moves, 0 for none. `short`: by how much more is promised than there is.
     """
 
     def __init__(
@@ -56,12 +57,16 @@ class World:
         sized: Callable[[str, int], None],
         changed: Callable[[], None],
         room: Callable[[], int],
+        claim: Callable[[str, int], None],
+        short: Callable[[], int],
     ) -> None:
         self.image = image
         self.agent = agent
         self.sized = sized
         self.changed = changed
         self.room = room
+        self.claim = claim
+        self.short = short
 
 
 class Resizes:
@@ -196,10 +201,7 @@ class Resizes:
         What the guest moves is new space on the host until it is discarded. How much that is the guest alone knows:
         not more than its image takes, nor than what is cut off.
         """
-        path, _ = self._world.image(guest)
-        taken = await asyncio.to_thread(allocated, path)
-        moves = cut if taken is None else min(taken, cut)
-        needs = moves + moves // 8 + MARGIN
+        moves, needs = await self._moves(guest, cut)
         if needs > room:
             raise StoragedError(
                 f"the pool cannot carry it: {guest} may move {moves} bytes ({format_size(moves)}), which the host "
@@ -207,6 +209,27 @@ class Resizes:
                 f"({format_size(max(room, 0))}) beyond its reserve",
                 Kind.PRECONDITION,
             )
+
+    async def _moves(self, guest: str, cut: int) -> tuple[int, int]:
+        """Bytes that a shrink by `cut` moves at most, and what that takes of the pool."""
+        path, _ = self._world.image(guest)
+        taken = await asyncio.to_thread(allocated, path)
+        moves = cut if taken is None else min(taken, cut)
+        return moves, moves + moves // 8 + MARGIN
+
+    async def _claimed(self, guest: str, cut: int) -> None:
+        """Set aside what a shrink by `cut` takes, and wait until no other guest may write it. Raises StoragedError."""
+        _, needs = await self._moves(guest, cut)
+        self._world.claim(guest, needs)
+        until = time.monotonic() + self._settings.patience_s
+        while (short := self._world.short()) > 0:
+            if time.monotonic() >= until:
+                raise StoragedError(
+                    f"the pool cannot carry it: what {guest} moves takes {format_size(needs)}, and other guests may "
+                    f"still write {format_size(short)} of that",
+                    Kind.PRECONDITION,
+                )
+            await asyncio.sleep(self._settings.poll_s)
 
     async def _room(self) -> int:
         """As `World.room`, patiently: just after the start nothing is known."""
@@ -231,6 +254,7 @@ class Resizes:
         while True:
             if not job.saga.active:
                 job.saga, job.ended = replace(job.saga, ended=time.time()), time.monotonic()
+                self._world.claim(job.saga.guest, 0)
                 self._say(job.saga)
             event: sm.Event | None = None
             for effect in effects:
@@ -310,6 +334,8 @@ class Resizes:
             case sm.AwaitCapacity(size):
                 return await work.capacity(size)
             case sm.ResizeFilesystem(size):
+                if (cut := await backend.filesystem_size() - size) > 0:
+                    await self._claimed(guest, cut)
                 return await work.filesystem(size)
             case sm.Verify():
                 return await self._verified(job.saga.to, backend)

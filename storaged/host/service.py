@@ -72,7 +72,7 @@ class Host:
         return console
 
     def _connect(self, guest: GuestConfig) -> GuestClient:
-        return GuestClient(guest.name, guest.address, self._config.tls)
+        return GuestClient(guest.name, guest.address, self._config.tls, trusted=guest.trust_balloon)
 
     def _ready(self, peer: str) -> bool:
         known = self._by_peer.get(peer) or self._discovered(peer)

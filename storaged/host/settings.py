@@ -13,6 +13,9 @@ class Sharing:
 
     reserve_least: int = field(default=GIB, metadata={"help": "Bytes never promised to any guest."})
     reserve_most: int = field(default=16 * GIB, metadata={"help": "Bytes above which the reserve does not adapt."})
+    reserve_share: float = field(
+        default=0.25, metadata={"help": "Share of the pool above which the reserve does not adapt."}
+    )
     base: int = field(default=GIB, metadata={"help": "Bytes that an idle guest should be able to write at once."})
     horizon_s: float = field(default=30.0, metadata={"help": "Seconds of writing that a guest gets ahead when tight."})
     horizon_roomy_s: float = field(default=60.0, metadata={"help": "Seconds of writing ahead when there is room."})
@@ -37,8 +40,14 @@ class Sharing:
     answer_s: float = field(default=5.0, metadata={"help": "Seconds after which a guest without answer is hanging."})
     retry_first_s: float = field(default=1.0, metadata={"help": "Seconds until a failed grant is sent again."})
     retry_most_s: float = field(default=30.0, metadata={"help": "Longest time between two tries, in seconds."})
-    worst_half_s: float = field(default=600.0, metadata={"help": "Seconds in which half of a worst case is forgotten."})
+    worst_half_s: float = field(default=60.0, metadata={"help": "Seconds in which half of a worst case is forgotten."})
     overrun: int = field(default=64 * MIB, metadata={"help": "Bytes over its grant that a guest is forgiven."})
+    overrun_s: float = field(
+        default=3.0, metadata={"help": "Seconds for which a guest's next report may explain what exceeds its grant."}
+    )
+    fence_s: float = field(
+        default=600.0, metadata={"help": "Seconds for which a guest that exceeded its grant is granted nothing."}
+    )
 
 
 @dataclass(frozen=True, slots=True)

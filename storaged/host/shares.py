@@ -14,6 +14,7 @@ The rules, in prose:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,11 +38,12 @@ def step(state: State, event: ev.Event) -> Result:
 def next_wakeup(state: State) -> float | None:
     """When a Tick next has something to do; None while nothing waits for time."""
     times = []
+    decided_at = -math.inf if state.pool.at is None else state.pool.at
     for guest in state.guests.values():
         flight = guest.lease.flight
         if flight is not None and flight.acked_at is None and guest.presence in {Presence.UP, Presence.DISCOVERED}:
             times.append(flight.sent_at + state.settings.answer_s)
-        elif flight is None and guest.failures and guest.runs:
+        elif flight is None and guest.failures and guest.runs and guest.retry_at > decided_at:
             times.append(guest.retry_at)
     return min(times, default=None)
 
@@ -52,7 +54,8 @@ def next_wakeup(state: State) -> float | None:
 def _holding(guest: Guest, lease: leases.Lease) -> Guest:
     return Guest(
         guest.name, guest.size, guest.image, guest.seen_at, guest.weight, guest.presence, lease, guest.counted,
-        guest.rate, guest.pleads, guest.pleads_until, guest.failures, guest.retry_at, guest.overran,
+        guest.rate, guest.pleads, guest.pleads_until, guest.failures, guest.retry_at, guest.overran, guest.overruns,
+        guest.fenced_until, guest.claim, guest.over_since,
     )  # fmt: skip  # written out: `replace` costs three times as much, and a thousand guests may be told at once
 
 
@@ -75,9 +78,17 @@ def _judged(state: State) -> Result:
     if holds:
         note = ev.Note(ev.Topic.RESTORED, f"all that guests may write is there: {text}")
     else:
-        unbound = ", some to guests that were never bound" if account.unbound else ""
-        note = ev.Note(ev.Topic.BROKEN, f"guests may write more than there is: {text}{unbound}", warning=True)
+        note = ev.Note(ev.Topic.BROKEN, f"guests may write more than there is: {text}{_doubts(state)}", warning=True)
     return replace(state, holds=holds), (note, ev.Publish())
+
+
+def _doubts(state: State) -> str:
+    """Guests that may write more than is known, for a note."""
+    unbound = sum(guest.runs and not guest.lease.bound for guest in state.guests.values())
+    unproven = sum(guest.runs and guest.lease.bound and not guest.lease.proven for guest in state.guests.values())
+    told = [f"{unbound} with no bound"] if unbound else []
+    told += [f"{unproven} whose agents tell nothing of preallocated files"] if unproven else []
+    return f"; guests: {', '.join(told)}" if told else ""
 
 
 def _shared(state: State, at: float) -> Result:
@@ -103,21 +114,38 @@ def _read(guest: Guest, image: int, at: float, state: State, counted: int | None
     """The guest after its image was read."""
     settings = state.settings
     over_s = at - guest.seen_at
-    rate = smoothed(guest.rate, image - guest.image, over_s, settings)
+    # What a resize moves is not what the guest writes.
+    grew = image - guest.image if not guest.claim else min(image - guest.image, 0)
+    rate = smoothed(guest.rate, grew, over_s, settings)
     lease = leases.seen(guest.lease, image, at)
     overran, note = guest.overran, None
+    overruns, fenced_until = guest.overruns, guest.fenced_until
     if overran:
         overran = 0.0 if overran < settings.least else overran * 0.5 ** (max(over_s, 0.0) / settings.worst_half_s)
-    if lease.bound and image - lease.ceiling > settings.overrun:
-        excess = image - lease.ceiling
+    excess = image - lease.ceiling - lease.raised - guest.claim
+    over_since = guest.over_since
+    if not lease.bound or excess <= settings.overrun:
+        over_since = 0.0
+    elif not over_since:
+        over_since = at  # a report that explains it may be under way
+    if over_since and (lease.potential is None or at - over_since >= settings.overrun_s):
+        over_since = 0.0
         overran = max(overran, float(excess))
+        overruns += 1
+        fenced_until = at + settings.fence_s
         lease = replace(lease, bound=False)
-        text = f"{guest.name} wrote {format_size(excess)} more than it was granted"
+        text = (
+            f"{guest.name} wrote {format_size(excess)} more than it was granted; it is granted nothing for"
+            f" {settings.fence_s:g} s"
+        )
         note = ev.Note(ev.Topic.OVERRUN, text, guest.name, warning=True)
+    elif fenced_until and at >= fenced_until:
+        fenced_until = 0.0
+        note = ev.Note(ev.Topic.FENCE, f"{guest.name} kept within its grant and gets a share again", guest.name)
     pleads = guest.pleads if at < guest.pleads_until else 0
     read = Guest(
         guest.name, guest.size, image, at, guest.weight, guest.presence, lease, counted, rate, pleads,
-        guest.pleads_until, guest.failures, guest.retry_at, overran,
+        guest.pleads_until, guest.failures, guest.retry_at, overran, overruns, fenced_until, guest.claim, over_since,
     )  # fmt: skip  # written out: `replace` costs three times as much, and this runs for every guest at every look
     return read, note
 
@@ -156,10 +184,10 @@ def _pool_sampled(state: State, event: ev.PoolSampled) -> Result:
         ]
     writes = sum(guest.rate for guest in guests.values() if guest.runs)
     interval_s = levels.interval(event.free, max(pool.falls, pool.outside + writes), settings)
-    reserve = levels.reserve(pool.outside, interval_s + pool.answer_s, settings)
-    pool = replace(
-        pool, free=event.free, at=event.at, whole=whole, reserve=reserve, interval_s=interval_s, pressure=pressure
-    )
+    total = event.total or pool.total
+    reserve = levels.reserve(pool.outside, interval_s + pool.answer_s, total, settings)
+    pool = replace(pool, free=event.free, at=event.at, total=total, whole=whole)
+    pool = replace(pool, reserve=reserve, interval_s=interval_s, pressure=pressure)
     state, shared = _shared(replace(state, pool=pool, guests=guests), event.at)
     return state, (*effects, *shared, ev.Poll(interval_s))
 
@@ -173,8 +201,8 @@ def _measured(pool: Pool, event: ev.PoolSampled, grew: int | None, settings: Sha
     fades = 0.5 ** (over_s / settings.worst_half_s)
     outside = pool.outside * fades
     if grew is not None:
-        # A look soon after another would make a rate of any jitter.
-        outside = max(outside, (fell - grew) / max(over_s, settings.poll_least_s))
+        # Over less than the longest time between two looks, a burst would count as a rate.
+        outside = max(outside, (fell - grew) / max(over_s, settings.poll_most_s))
     falls = smoothed(pool.falls, fell, over_s, settings)
     return replace(pool, outside=outside, falls=falls, answer_s=pool.answer_s * fades)
 
@@ -210,7 +238,7 @@ def _guest_restarted(state: State, event: ev.GuestRestarted) -> Result:
     if guest is None or not guest.runs:
         return state, ()
     # The ceiling stays as the least that is charged: else a guest could have its debts forgotten by saying so.
-    lease = leases.Lease(guest.lease.ceiling, granted=guest.lease.granted)
+    lease = leases.Lease(guest.lease.ceiling + guest.lease.raised, granted=guest.lease.granted)
     guest = replace(guest, lease=lease, presence=Presence.DISCOVERED, failures=0, retry_at=0.0)
     state, effects = _shared(_with(state, guest), event.at)
     return state, (ev.Publish(), *effects)
@@ -225,7 +253,7 @@ def _guest_left(state: State, event: ev.GuestLeft) -> Result:
         del guests[event.guest]
     else:
         guests[event.guest] = replace(
-            guest, presence=Presence.GONE, lease=leases.Lease(), counted=None, rate=0.0, pleads=0
+            guest, presence=Presence.GONE, lease=leases.Lease(), counted=None, rate=0.0, pleads=0, claim=0
         )
     # What it wrote since the epoch is not in `free` yet: nothing grows before the next one.
     pool = replace(state.pool, whole=False)
@@ -261,8 +289,14 @@ def _acked(state: State, acks: Sequence[ev.GrantAcked]) -> Result:
             continue  # too late to count: a newer one is under way, or it had failed
         settles = True
         slowest_s = max(slowest_s, ack.at - guest.lease.flight.sent_at)
-        lease = leases.acked(guest.lease, ack.seq, ack.available, ack.at)
+        lease = leases.acked(guest.lease, ack.seq, ack.answer, ack.at)
         presence = guest.presence if guest.presence is Presence.SUSPENDED else Presence.UP
+        if ack.refused:
+            guests[guest.name], said = _refused(replace(guest, lease=lease, presence=presence), ack, state.settings)
+            news += said
+            continue
+        if not ack.answer.proven and guest.lease.proven:
+            news.append(_unproven(guest))
         if presence is guest.presence and not guest.failures:
             guests[guest.name] = _holding(guest, lease)
             continue
@@ -279,22 +313,74 @@ def _acked(state: State, acks: Sequence[ev.GrantAcked]) -> Result:
     return state, (*news, *((ev.Publish(),) if news else ()), poll)
 
 
+def _refused(guest: Guest, ack: ev.GrantAcked, settings: Sharing) -> tuple[Guest, list[ev.Note]]:
+    """It answered that it cannot get there, and where it is: it is asked again later, and said once."""
+    guest, said = _try_later(guest, ack.at, settings), []
+    if guest.failures == 1:
+        text = f"{guest.name} cannot keep to its grant: {ack.refused}"
+        said.append(ev.Note(ev.Topic.GUEST, text, guest.name, warning=True))
+    return guest, said
+
+
+def _unproven(guest: Guest) -> ev.Note:
+    text = (
+        f"the agent of {guest.name} does not tell what is preallocated in the guest: more than its grant may be"
+        " written; trust_balloon = true takes its word"
+    )
+    return ev.Note(ev.Topic.GUEST, text, guest.name, warning=True)
+
+
+def _try_later(guest: Guest, at: float, settings: Sharing) -> Guest:
+    wait_s = min(settings.retry_first_s * 2 ** min(guest.failures, 16), settings.retry_most_s)
+    return replace(guest, failures=guest.failures + 1, retry_at=at + wait_s)
+
+
 def _grant_failed(state: State, event: ev.GrantFailed) -> Result:
     guest = state.guests.get(event.guest)
     if guest is None or guest.lease.flight is None or guest.lease.flight.seq != event.seq:
         return state, ()
-    settings = state.settings
-    wait_s = min(settings.retry_first_s * 2 ** min(guest.failures, 16), settings.retry_most_s)
     silent = guest.presence is Presence.UP
     guest = replace(
-        guest,
+        _try_later(guest, event.at, state.settings),
         lease=leases.failed(guest.lease, event.seq, certain=event.certain),
-        failures=guest.failures + 1,
-        retry_at=event.at + wait_s,
         presence=Presence.HANGING if silent else guest.presence,
     )
     text = f"{guest.name} could not be told its grant: {event.reason}"
     return _with(state, guest), (ev.Note(ev.Topic.GUEST, text, guest.name, warning=silent), ev.Publish())
+
+
+def _potential_reported(state: State, event: ev.PotentialReported) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or not guest.runs:
+        return state, ()
+    lease = leases.reported(guest.lease, event.potential, event.sequence)
+    if lease is guest.lease:
+        return state, ()
+    state = _with(state, _holding(guest, lease))
+    return _shared(state, event.at)
+
+
+def _claim_set(state: State, event: ev.ClaimSet) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or not guest.runs or event.size == guest.claim:
+        return state, ()
+    lease = guest.lease
+    if not event.size and lease.bound:
+        # What was moved and is not discarded yet was not written by the guest.
+        lease = replace(lease, ceiling=max(lease.ceiling, guest.image - lease.raised))
+    state = _with(state, replace(guest, claim=max(event.size, 0), lease=lease))
+    state, effects = _shared(state, event.at)
+    return state, (ev.Publish(), *effects)
+
+
+def _fence_lifted(state: State, event: ev.FenceLifted) -> Result:
+    guest = state.guests.get(event.guest)
+    if guest is None or not guest.fenced_until:
+        return state, ()
+    state = _with(state, replace(guest, fenced_until=0.0, overran=0.0))
+    note = ev.Note(ev.Topic.FENCE, f"{guest.name} gets a share again: an operator said so", guest.name)
+    state, effects = _shared(state, event.at)
+    return state, (note, ev.Publish(), *effects)
 
 
 def _guest_silent(state: State, event: ev.GuestSilent) -> Result:
@@ -367,6 +453,9 @@ HANDLERS: dict[type[ev.Event], Callable[[State, Any], Result]] = {
     ev.GrantAcked: _grant_acked,
     ev.GrantsAcked: _grants_acked,
     ev.GrantFailed: _grant_failed,
+    ev.PotentialReported: _potential_reported,
+    ev.ClaimSet: _claim_set,
+    ev.FenceLifted: _fence_lifted,
     ev.GuestSilent: _guest_silent,
     ev.RoomAsked: _room_asked,
     ev.Suspended: _suspended,

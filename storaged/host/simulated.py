@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from storaged import __version__
 from storaged.errors import Kind, StoragedError
 from storaged.host import events as ev
+from storaged.host.leases import Answer
 from storaged.host.levels import Level
 from storaged.host.model import Presence, State, books, established
 from storaged.host.settings import Sharing
@@ -144,7 +145,7 @@ class SimulatedHost:
                 self._step(ev.GrantFailed(guest.name, ack.seq, "it did not answer in time", now))
                 continue
             guest.allowed = ack.size
-            self._step(ev.GrantAcked(guest.name, ack.seq, guest.available, now))
+            self._step(ev.GrantAcked(guest.name, ack.seq, Answer(guest.available), now))
         self._step(ev.PoolSampled(self.free, now, {name: guest.used for name, guest in self.guests.items()}))
         self._remember(now)
         self.sequence += 1

@@ -37,6 +37,10 @@ class Source(Protocol):
         """Bytes that can still be written. Raises PoolError."""
         ...
 
+    def total(self) -> int:
+        """Bytes that the pool has in all. Raises PoolError."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class FilesystemSource:
@@ -50,6 +54,12 @@ class FilesystemSource:
         except OSError as error:
             raise PoolError(f"pool {self.path}: {error.strerror}") from error
         return stats.f_bavail * stats.f_frsize
+
+    def total(self) -> int:
+        try:
+            return capacity(self.path)
+        except OSError as error:
+            raise PoolError(f"pool {self.path}: {error.strerror}") from error
 
 
 def capacity(path: str) -> int:
@@ -106,6 +116,9 @@ class ThinSource:
         pool = thin_pool_free(self._dmsetup("status", "--noflush"), self._block)
         return min(self.filesystem.free(), pool)
 
+    def total(self) -> int:
+        return self.filesystem.total()
+
     def _dmsetup(self, *command: str) -> str:
         try:
             done = subprocess.run(
@@ -155,4 +168,4 @@ class Watcher:
         before = self._source.free()
         taken = {name: size for name, path in images.items() if (size := allocated(path)) is not None}
         # A guest may write between the two: the smaller number cannot promise what is spent.
-        return PoolSampled(min(before, self._source.free()), at, taken)
+        return PoolSampled(min(before, self._source.free()), at, taken, self._source.total())

@@ -132,6 +132,7 @@ class Storage(storaged_v1_pb2_grpc.StorageServicer):
             metadata_relief_bytes=balloon.relief,
             unwritten_bytes=snapshot.unwritten.size * snapshot.space.data_copies if snapshot.unwritten.known else None,
             may_write_bytes=snapshot.reach,
+            potential_bytes=snapshot.potential,
             warning=balloon.warning or self._storage.unsaved,
         )
 

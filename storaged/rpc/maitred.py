@@ -16,6 +16,7 @@ from storaged.guest.resolv import Resolv
 from storaged.guest.termina import Termina
 from storaged.guest.users import Users
 from storaged.rpc import decode_containers, decode_mounts, decode_processes
+from storaged.rpc.bound import Bound, as_metadata
 from storaged.rpc.decode_network import ipv4_config
 from storaged.rpc.power import PowerControl
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
@@ -69,6 +70,10 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
         except ValueError:
             raise InvalidRequest(f"state {request.state} is none of DISK_NONE 0 to DISK_CRITICAL 3") from None
         reason = await self._storage.report(told, request.free_space_bytes)
+        if (now := await self._storage.measured()) is not None:
+            # Beside the answer, which has no field for it: a host that shares its disk must know.
+            told_beside = as_metadata(Bound(now.reach, now.potential, now.sequence, reason))
+            context.set_trailing_metadata((*(context.trailing_metadata() or ()), *told_beside))
         result = vm_guest_pb2.BALLOON_INFLATE_FAILED if reason else vm_guest_pb2.SUCCESS
         return vm_guest_pb2.UpdateStorageBalloonResponse(result=result)
 

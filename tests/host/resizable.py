@@ -55,10 +55,20 @@ class Bench:
         self.backend = Image(self)
         self.runs = True
         self.room: int | None = 100 * GIB
+        self.claims: list[int] = []
+        self.short = 0
         self.resizes = self.new()
 
     def new(self) -> Resizes:
-        world = World(self._image, lambda _: self.guest if self.runs else None, self._sized, lambda: None, self._room)
+        world = World(
+            self._image,
+            lambda _: self.guest if self.runs else None,
+            self._sized,
+            lambda: None,
+            self._room,
+            self._claim,
+            lambda: self.short,
+        )
         self.resizes = Resizes("p", self.settings, world)
         return self.resizes
 
@@ -71,6 +81,9 @@ class Bench:
         if self.room is None:
             raise StoragedError("the pool was not looked at yet", Kind.UNAVAILABLE)
         return self.room
+
+    def _claim(self, _: str, size: int) -> None:
+        self.claims.append(size)
 
     def _sized(self, _: str, size: int) -> None:
         self.told.append(size)

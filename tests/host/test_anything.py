@@ -35,14 +35,18 @@ class Anything(RuleBasedStateMachine):
 
     @rule(name=names, size=st.sampled_from([2 * GIB, 30 * GIB, 500 * GIB]), weight=st.sampled_from([1.0, 1.0, 4.0]),
           keeps=st.none() | st.integers(0, 2 * GIB),
-          lies=st.sampled_from(["", "", "has nothing", "obeys"]))  # fmt: skip
-    def join(self, name: str, size: int, weight: float, keeps: int | None, lies: str) -> None:
+          lies=st.sampled_from(["", "", "has nothing", "obeys"]),
+          beyond=st.sampled_from([0, 512 * MIB, GIB]), sparse=st.sampled_from([0, 0, GIB]))  # fmt: skip
+    def join(self, name: str, size: int, weight: float, keeps: int | None, lies: str, beyond: int, sparse: int) -> None:
         if self.vm(name) is not None:
             return
         if keeps is not None and books(self.world.state).slack < keeps:
             keeps = None  # a host that starts a guest for which there is no room has broken its word itself
         allowed = size if keeps is None else min(keeps, size)
+        if lies or keeps is not None or books(self.world.state).slack < beyond + sparse:
+            beyond = sparse = 0  # of these nothing is known before the first answer
         vm = Vm(name, size, 0, allowed, booting=keeps is None, liar=lies == "has nothing", deaf=lies == "obeys")
+        vm.beyond, vm.sparse = beyond, min(sparse, size - beyond)
         self.world.join(vm, weight, keeps)
 
     @rule(name=names, size=sizes)
@@ -133,6 +137,27 @@ class Anything(RuleBasedStateMachine):
         self.world.answer(name)
         self.world.write(vm.name, 1 << 60)
 
+    @rule(name=names, size=sizes, more=sizes)
+    def relieve(self, name: str, size: int, more: int) -> None:
+        """Metadata gets room beyond the grant, some of which is written before anybody knows."""
+        if self.vm(name):
+            self.world.relieve(name, size)
+            self.world.write(name, more)
+
+    @rule(name=names)
+    def report(self, name: str) -> None:
+        if self.vm(name):
+            self.world.report(name)
+
+    @rule(name=names, size=sizes)
+    def move(self, name: str, size: int) -> None:
+        if self.vm(name):
+            self.world.move(name, size)
+
+    @rule(name=names)
+    def lift(self, name: str) -> None:
+        self.world.tell(ev.FenceLifted(name, self.world.now))
+
     @rule(name=names)
     def apply(self, name: str) -> None:
         if self.vm(name):
@@ -190,14 +215,16 @@ class Anything(RuleBasedStateMachine):
         for name, vm in self.world.vms.items():
             guest = self.world.state.guests[name]
             if guest.lease.bound and not vm.deaf:
-                assert vm.image + vm.allowed <= guest.lease.ceiling
+                most = vm.image + vm.allowed + vm.beyond + vm.sparse - vm.unreported
+                assert min(most, vm.size) <= guest.lease.ceiling + guest.lease.raised
 
     @invariant()
     def promises_fit(self) -> None:
         state = self.world.state
         if established(state):
-            allowed = sum(vm.allowed for vm in self.world.vms.values() if not vm.deaf)
-            assert allowed <= self.world.free + self.world.outside_unseen - state.pool.reserve
+            allowed = sum(vm.reach for vm in self.world.vms.values() if not vm.deaf)
+            unseen = self.world.outside_unseen + sum(vm.unreported for vm in self.world.vms.values())
+            assert allowed <= self.world.free + unseen - state.pool.reserve
 
     def teardown(self) -> None:
         """Everybody writes all it may, applies the next grant that is on its way, and does so again."""

@@ -21,6 +21,7 @@ from storaged.host import encode
 from storaged.host.config import Discovery, GuestConfig, HostConfig, PoolConfig, Tls
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
+from storaged.host.leases import Answer
 from storaged.host.levels import Level
 from storaged.host.listener import Listener, peer_name
 from storaged.host.model import Presence, State, books, established
@@ -28,7 +29,7 @@ from storaged.host.service import Host
 from storaged.host.settings import Sharing
 from storaged.host.watch import PoolError, Watcher
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_host_pb2_grpc
-from storaged.units import GIB
+from storaged.units import GIB, MIB
 
 FAST = Sharing(answer_s=0.6, retry_first_s=0.1, retry_most_s=0.2, dwell_s=0.2)
 
@@ -56,6 +57,9 @@ class Source:
             raise PoolError("pool: Input/output error")
         return self.value
 
+    def total(self) -> int:
+        return 400 * GIB
+
 
 class Bench:
     """A controller and its guests."""
@@ -75,7 +79,7 @@ class Bench:
             guests.append(GuestConfig(name, socket, str(image), "p", pid_file=pid_file))
         self.controller = Controller(
             PoolConfig("p", str(directory)), guests, FAST, Watcher(self.source),
-            lambda guest: GuestClient(guest.name, guest.address),
+            lambda guest: GuestClient(guest.name, guest.address, trusted=True),
         )  # fmt: skip
         self.controller.observe(self._watch)
 
@@ -191,11 +195,11 @@ async def test_an_error_that_nobody_foresaw_is_no_end(tmp_path: Path, monkeypatc
     tries = []
     tell = GuestClient.set_available
 
-    async def fails_twice(client: GuestClient, size: int, level: Level, within_s: float) -> None:
+    async def fails_twice(client: GuestClient, size: int, level: Level, within_s: float) -> tuple[Answer, str]:
         tries.append(size)
         if len(tries) < 3:
             raise ZeroDivisionError
-        await tell(client, size, level, within_s)
+        return await tell(client, size, level, within_s)
 
     monkeypatch.setattr(GuestClient, "set_available", fails_twice)
     async with running(tmp_path, 40 * GIB, "a") as bench:
@@ -247,7 +251,10 @@ async def test_a_guest_that_cannot_be_called_counts_all_the_same(
                 controller.ready("b")
             await bench.until(lambda: "b" in controller.state.guests)
             assert controller.state.guests["b"].runs
-            assert books(controller.state).unbound > 0, "what it may write is set aside"
+            assert not established(controller.state), "nothing bounds it"
+            with (tmp_path / "b.img").open("r+b") as image:
+                image.write(bytes(64 * MIB))
+            await bench.until(lambda: books(controller.state).unbound > 0)  # what it is seen to write is set aside
             if announced:
                 controller.ready("b")
             await asyncio.sleep(2.2)  # two more tries

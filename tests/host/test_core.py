@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from storaged.host import events as ev
 from storaged.host import leases, levels
 from storaged.host.demand import divide, smoothed, water_fill
+from storaged.host.leases import Answer
 from storaged.host.levels import Level, Pressure
 from storaged.host.model import Guest, Presence, State, books, established
 from storaged.host.settings import Sharing
@@ -58,7 +59,7 @@ def test_a_rate_rises_fast_and_falls_slowly() -> None:
 def test_until_it_is_acknowledged_a_smaller_grant_counts_on_top() -> None:
     lease = leases.sent(leases.kept(0, 10 * GIB), 0, 1, 2 * GIB, 0.0)
     assert lease.ceiling == 12 * GIB  # ten spent first, then two more
-    acked = leases.acked(lease, 1, 2 * GIB, 1.0)
+    acked = leases.acked(lease, 1, Answer(2 * GIB), 1.0)
     assert leases.seen(acked, 0, 0.5).ceiling == 12 * GIB, "an older look settles nothing"
     assert leases.seen(acked, 3 * GIB, 1.1).ceiling == 5 * GIB
 
@@ -71,13 +72,13 @@ def test_a_call_that_may_have_arrived_stays_counted() -> None:
 
 def test_a_word_makes_careful_and_never_careless() -> None:
     lease = leases.sent(leases.kept(0, 4 * GIB), 0, 1, 2 * GIB, 0.0)
-    assert leases.seen(leases.acked(lease, 1, 0, 1.0), 0, 1.0).ceiling == 2 * GIB
-    assert leases.seen(leases.acked(lease, 1, 3 * GIB, 1.0), 0, 1.0).ceiling == 3 * GIB
+    assert leases.seen(leases.acked(lease, 1, Answer(0), 1.0), 0, 1.0).ceiling == 2 * GIB
+    assert leases.seen(leases.acked(lease, 1, Answer(3 * GIB), 1.0), 0, 1.0).ceiling == 3 * GIB
 
 
 def test_a_guest_that_discarded_under_a_smaller_grant_is_likely_to_have_less() -> None:
     lease = leases.sent(leases.kept(8 * GIB, GIB), 8 * GIB, 1, MIB, 0.0)
-    seen = leases.seen(leases.acked(lease, 1, MIB, 1.0), GIB, 1.0)
+    seen = leases.seen(leases.acked(lease, 1, Answer(MIB), 1.0), GIB, 1.0)
     guest = Guest("a", 100 * GIB, GIB, 1.0, presence=Presence.UP, lease=seen)
     assert guest.left == 7 * GIB + MIB
     assert guest.likely == MIB
@@ -137,7 +138,7 @@ class Told:
 
     def answer(self, *grants: ev.SetGrant) -> None:
         for grant in grants:
-            self.step(ev.GrantAcked(grant.guest, grant.seq, grant.size, self.now))
+            self.step(ev.GrantAcked(grant.guest, grant.seq, Answer(grant.size), self.now))
 
 
 def test_all_are_bound_at_the_first_look() -> None:
@@ -173,7 +174,7 @@ def test_answers_taken_together_are_answers_taken_one_by_one(answering: list[str
         told.step(ev.GrantFailed("a", sent["a"].seq, "late", told.now))
     before = told.state
     acks = tuple(
-        ev.GrantAcked(name, sent[name].seq + (place == 3), sent[name].size, told.now + place / 8)
+        ev.GrantAcked(name, sent[name].seq + (place == 3), Answer(sent[name].size), told.now + place / 8)
         for place, name in enumerate(answering)
     )  # the fourth is of no grant that is under way
     together, _ = step(before, ev.GrantsAcked(acks))

@@ -65,7 +65,7 @@ async def test_who_pleads_gets_what_others_do_not_use_and_no_more(tmp_path: Path
     source = Source(5 * GIB)
     controller = Controller(
         PoolConfig("p", str(tmp_path)), configs, FAST, Watcher(source),
-        lambda guest: GuestClient(guest.name, guest.address),
+        lambda guest: GuestClient(guest.name, guest.address, trusted=True),
     )  # fmt: skip
     task = asyncio.create_task(controller.run())
     try:
@@ -95,7 +95,7 @@ async def test_a_storaged_whose_applications_write_fast_pleads(tmp_path: Path) -
     client = GuestClient("g", UnixAddress(guest.path))
     asked: list[tuple[float, int]] = []
     watch = asyncio.create_task(
-        client.watch(lambda: None, lambda: None, lambda size: asked.append((time.monotonic(), size)))
+        client.watch(lambda: None, lambda: None, lambda size: asked.append((time.monotonic(), size)), lambda *_: None)
     )
     try:
         await guest.report_free(GIB + 400 * MIB)
@@ -130,7 +130,7 @@ async def test_an_older_storaged_without_pleas_is_watched_all_the_same(tmp_path:
     server.add_insecure_port(f"unix:{tmp_path}/g.sock")
     await server.start()
     client = GuestClient("g", UnixAddress(f"{tmp_path}/g.sock"))
-    watch = asyncio.create_task(client.watch(lambda: None, lambda: None, lambda _: None))
+    watch = asyncio.create_task(client.watch(lambda: None, lambda: None, lambda _: None, lambda *_: None))
     await until(lambda: client.report is not None)
     await asyncio.sleep(guests.AGAIN_FIRST_S + 0.5)
     assert client.report is not None

@@ -37,6 +37,9 @@ def test_a_look_takes_the_smaller_free_and_leaves_out_what_it_cannot_read(tmp_pa
         def free(self) -> int:
             return self.values.pop(0)
 
+        def total(self) -> int:
+            return 9
+
     image = tmp_path / "a.img"
     image.write_bytes(b"x" * 4096)
     sampled = Watcher(Falls(), lambda: 3.0).take({"a": str(image), "b": str(tmp_path / "none")})

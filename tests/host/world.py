@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storaged.host import events as ev
+from storaged.host.leases import Answer
 from storaged.host.model import State, established
 from storaged.host.shares import next_wakeup, step
 
@@ -16,7 +17,11 @@ class HostFull(AssertionError):
 
 @dataclass(slots=True)
 class Vm:
-    """A guest as it really is. `inbox`: grants that it may still apply, in order; `outbox`: its answers."""
+    """A guest as it really is. `inbox`: grants that it may still apply, in order; `outbox`: its answers.
+
+    `beyond`: what it can write whatever it is granted: room in metadata chunks, preallocated extents. `sparse`: blocks
+    that it counts as used and its image does not hold. `moving`: what a resize may still write besides.
+    """
 
     name: str
     size: int
@@ -29,11 +34,36 @@ class Vm:
     liar: bool = False  # says that it has nothing
     deaf: bool = False  # says that it obeys, and does not
     inbox: list[tuple[int, int]] = field(default_factory=list)
-    outbox: list[tuple[int, int]] = field(default_factory=list)
+    outbox: list[tuple[int, Answer]] = field(default_factory=list)
+    beyond: int = 0
+    sparse: int = 0
+    moving: int = 0
+    sequence: int = 1
+    unreported: int = 0  # relief that the host does not know of
+    relieved_at: int = 0
+
+    @property
+    def reach(self) -> int:
+        """All that it may write, what its image lacks included."""
+        return min(self.allowed + self.beyond + self.sparse, self.size - self.image)
+
+    @property
+    def potential(self) -> int:
+        """What it has used and can still use, by its own account."""
+        return self.image + self.reach
+
+    @property
+    def honest(self) -> bool:
+        """It obeys, and says what it can write."""
+        return not self.deaf and not self.liar
 
     @property
     def may_write(self) -> bool:
         return not self.booting and not self.sleeps
+
+
+_MAY_BREAK = (ev.PoolSampled, ev.GuestJoined, ev.GuestLeft, ev.GuestRestarted, ev.ClaimSet)
+"""What can take room by itself; ClaimSet waits until it is there."""
 
 
 @dataclass(slots=True)
@@ -55,13 +85,17 @@ class World:
 
     def write(self, name: str, size: int) -> int:
         vm = self.vms[name]
-        size = min(size, vm.allowed, vm.size - vm.image) if vm.may_write else 0
+        size = min(size, vm.allowed + vm.beyond + vm.sparse, vm.size - vm.image) if vm.may_write else 0
         if vm.deaf:
             size = self._beyond(vm, size)
         if size > self.free:
             raise HostFull(f"{name} may write {size}, the disk has {self.free}")
         if size:
-            vm.allowed -= size
+            left = size
+            for room in ("allowed", "sparse", "beyond"):
+                part = min(left, getattr(vm, room))
+                setattr(vm, room, getattr(vm, room) - part)
+                left -= part
             vm.image += size
             vm.wrote_unseen = True
             self.free -= size
@@ -107,14 +141,57 @@ class World:
         if not vm.deaf or vm.booting:
             vm.allowed = min(size, vm.size - vm.image)
         vm.booting = False
-        vm.outbox.append((seq, 0 if vm.liar else vm.allowed))
+        vm.sequence += 1
+        answer = Answer(vm.allowed + vm.beyond, vm.potential, vm.sequence)
+        vm.outbox.append((seq, Answer(0) if vm.liar else answer))
+
+    def relieve(self, name: str, size: int) -> None:
+        """Metadata gets room beyond the grant; until it is reported the reserve bears it."""
+        vm = self.vms[name]
+        size = min(size, self.outside_budget, vm.size - vm.image - vm.allowed - vm.beyond - vm.sparse)
+        if size <= 0 or not vm.honest or not vm.may_write:
+            return
+        vm.beyond += size
+        vm.unreported += size
+        vm.sequence += 1
+        vm.relieved_at = vm.sequence
+        self.outside_budget -= size
+
+    def report(self, name: str) -> None:
+        """Its report arrives at the host; one that was on its way with an answer is older and changes nothing."""
+        vm = self.vms[name]
+        if vm.honest and not vm.booting:
+            self.tell(ev.PotentialReported(name, vm.potential, vm.sequence, self.now))
+
+    def move(self, name: str, size: int) -> None:
+        """A shrink claims what it will move, waits until the promise holds, moves it, and hands it back."""
+        vm = self.vms[name]
+        if vm.deaf or vm.sleeps:
+            return
+        self.report(name)
+        self.tell(ev.ClaimSet(name, size, self.now))
+        self.calm(4)
+        moved = 0
+        if established(self.state):
+            moved = min(size, vm.size - vm.image - vm.reach)
+            if moved > self.free:
+                raise HostFull(f"{name} moves {moved}, the disk has {self.free}")
+            vm.image += moved
+            self.free -= moved
+            self.epoch()
+            assert not [note for note in self.notes if note.topic is ev.Topic.OVERRUN and note.guest == name]
+        vm.image -= moved
+        self.free += moved
+        self.tell(ev.ClaimSet(name, 0, self.now))
 
     # --- what the controller does
 
     def tell(self, event: ev.Event) -> None:
-        held = established(self.state)
+        # What a guest says that it can write beyond its grant is true whatever was promised.
+        held = established(self.state) and not any(vm.unreported for vm in self.vms.values())
         self.state, effects = step(self.state, event)
-        if held and not isinstance(event, ev.PoolSampled | ev.GuestJoined | ev.GuestLeft | ev.GuestRestarted):
+        self._heard(event)
+        if held and not isinstance(event, _MAY_BREAK):
             assert established(self.state), f"nobody but the core can have broken it: {event}"
         for effect in effects:
             match effect:
@@ -128,6 +205,13 @@ class World:
                     self.poll = self.now + interval
                 case ev.Publish():
                     pass
+
+    def _heard(self, event: ev.Event) -> None:
+        for name, vm in self.vms.items():
+            lease = self.state.guests[name].lease
+            reported = isinstance(event, ev.PotentialReported) and event.guest == name and lease.flight is None
+            if lease.sequence >= vm.relieved_at or (reported and lease.potential is not None):
+                vm.unreported = 0
 
     def epoch(self, between: Callable[[str], None] = lambda _: None) -> None:
         """One bracket of reads; `between` happens after each image was read."""
@@ -154,10 +238,10 @@ class World:
         vm = self.vms[name]
         if not vm.outbox:
             return
-        seq, available = vm.outbox.pop(0)
+        seq, answer = vm.outbox.pop(0)
         if self.calls.get(name) == seq:
             del self.calls[name]
-        self.tell(ev.GrantAcked(name, seq, available, self.now))
+        self.tell(ev.GrantAcked(name, seq, answer, self.now))
         if look:
             vm.wrote_unseen = False
             self.tell(ev.GuestSampled(name, vm.image, self.now))
@@ -198,6 +282,7 @@ class World:
             self.pass_time(1.0)
             self.epoch()
             for name in list(self.vms):
+                self.report(name)
                 while self.vms[name].inbox and not (self.vms[name].hangs or self.vms[name].sleeps):
                     self.apply(name)
                     self.answer(name)

@@ -212,7 +212,7 @@ async def test_a_peer_that_falls_silent_later_is_dropped_and_one_that_speaks_is_
 
 
 async def test_a_flood_of_connections_leaves_room_for_others(relay: Relay) -> None:
-    relay.config = VsockConfig(cids=(HOST, OTHER), connections=8, connections_per_cid=6, preface_s=0.3)
+    relay.config = VsockConfig(cids=(HOST, OTHER), connections=8, connections_per_cid=6, preface_s=2.0)
     flood = [await enter(relay, OTHER) for _ in range(200)]
     assert relay.open == 6
     reader, writer = await enter(relay, HOST)

@@ -445,6 +445,7 @@ class Balloon(_message.Message):
     UNWRITTEN_BYTES_FIELD_NUMBER: _builtins.int
     MAY_WRITE_BYTES_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
+    POTENTIAL_BYTES_FIELD_NUMBER: _builtins.int
     state: Global___BalloonState.ValueType
     size_bytes: _builtins.int
     target_bytes: _builtins.int
@@ -471,6 +472,11 @@ class Balloon(_message.Message):
     """
     warning: _builtins.str
     """What is not as it should be although the limit is kept; or empty."""
+    potential_bytes: _builtins.int
+    """What applications and metadata hold and can still take, on the host's disk.
+    Writing does not change it, so a host can compare it with what the image
+    takes: what is missing there can still be written.
+    """
     def __init__(
         self,
         *,
@@ -486,10 +492,11 @@ class Balloon(_message.Message):
         unwritten_bytes: _builtins.int | None = ...,
         may_write_bytes: _builtins.int = ...,
         warning: _builtins.str = ...,
+        potential_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "_retry_in_s", b"_retry_in_s", "_unwritten_bytes", b"_unwritten_bytes", "limit_bytes", b"limit_bytes", "retry_in_s", b"retry_in_s", "unwritten_bytes", b"unwritten_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "_retry_in_s", b"_retry_in_s", "_unwritten_bytes", b"_unwritten_bytes", "deflated_bytes_total", b"deflated_bytes_total", "failure_reason", b"failure_reason", "inflated_bytes_total", b"inflated_bytes_total", "limit_bytes", b"limit_bytes", "may_write_bytes", b"may_write_bytes", "metadata_relief_bytes", b"metadata_relief_bytes", "retry_in_s", b"retry_in_s", "size_bytes", b"size_bytes", "state", b"state", "target_bytes", b"target_bytes", "unwritten_bytes", b"unwritten_bytes", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes", "_retry_in_s", b"_retry_in_s", "_unwritten_bytes", b"_unwritten_bytes", "deflated_bytes_total", b"deflated_bytes_total", "failure_reason", b"failure_reason", "inflated_bytes_total", b"inflated_bytes_total", "limit_bytes", b"limit_bytes", "may_write_bytes", b"may_write_bytes", "metadata_relief_bytes", b"metadata_relief_bytes", "potential_bytes", b"potential_bytes", "retry_in_s", b"retry_in_s", "size_bytes", b"size_bytes", "state", b"state", "target_bytes", b"target_bytes", "unwritten_bytes", b"unwritten_bytes", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__limit_bytes: _TypeAlias = _typing.Literal["limit_bytes"]  # noqa: Y015
     _WhichOneofArgType__limit_bytes: _TypeAlias = _typing.Literal["_limit_bytes", b"_limit_bytes"]  # noqa: Y015
