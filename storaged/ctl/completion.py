@@ -30,6 +30,7 @@ def _attach(commands: dict[str, argparse.ArgumentParser]) -> None:
     for command, destination, completer in (
         ("resize", "what", _guests),
         ("cancel", "name", _guests),
+        ("unfence", "name", _guests),
         ("pool", "name", _pools),
         ("guests", "pool", _pools),
     ):

@@ -134,6 +134,13 @@ def cancel(client: HostClient, name: str, *, as_json: bool) -> int:
     return 0
 
 
+def unfence(client: HostClient, name: str, *, as_json: bool) -> int:
+    """Give a guest that exceeded its grant its share again."""
+    guest = client.unfence(name)
+    print(encode.line(encode.as_dict(guest)) if as_json else f"{name} gets a share again", flush=True)
+    return 0
+
+
 def watch(client: HostClient, interval_s: float, *, as_json: bool) -> int:
     """Everything, live, until Ctrl-C."""
     client.report()  # a host that is not there is found out at once, not looked for

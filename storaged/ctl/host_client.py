@@ -92,6 +92,10 @@ class HostClient:
         request = pb.CancelResizeRequest(id=resize) if resize else pb.CancelResizeRequest(guest=name)
         return self._call(self.host.CancelResize, request).resize
 
+    def unfence(self, name: str) -> pb.Guest:
+        """Let a guest that exceeded its grant have a share again."""
+        return self._call(self.host.LiftFence, pb.LiftFenceRequest(guest=name)).guest
+
     def explain(self, error: grpc.RpcError) -> CallFailed:
         """What went wrong, in one line."""
         call: Any = error

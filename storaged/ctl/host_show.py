@@ -114,6 +114,14 @@ def remarks(guests: Sequence[pb.Guest], resizes: Sequence[pb.Resize]) -> list[Ro
         if guest.stale_reason:
             age = f" for {format_duration(guest.report_age_s)}" if guest.HasField("report_age_s") else ""
             rows.append(Row(f"* {guest.name}"[:11], f"its numbers are old{age}: {guest.stale_reason}", "warn"))
+        if guest.HasField("fenced_for_s"):
+            text = (
+                f"granted nothing for {format_duration(guest.fenced_for_s)}: it exceeded its grant; `unfence` ends it"
+            )
+            rows.append(Row(f"{guest.name}"[:11], text, "bad"))
+        if guest.unproven_reason and guest.state == pb.GUEST_UP:
+            text = f"it may write more than is known: {guest.unproven_reason}"
+            rows.append(Row(f"{guest.name}"[:11], text, "warn"))
     running = (each for each in resizes if each.state in RUNNING)
     rows += [Row(each.guest[:11], f"{direction(each)}: {', '.join(progress(each))}") for each in running]
     return rows

@@ -92,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _of_host(arguments: argparse.Namespace) -> bool:
     """Is storaged-host meant, rather than one guest?"""
     match arguments.command:
-        case "guests" | "pool":
+        case "guests" | "pool" | "unfence":
             return True
         case "resize":
             return len(arguments.what) == 2
@@ -136,6 +136,8 @@ def _ask_host(arguments: argparse.Namespace) -> int:
                 return host.resize(client, name, size, yes=arguments.yes, as_json=as_json)
             case "cancel":
                 return host.cancel(client, arguments.name, as_json=as_json)
+            case "unfence":
+                return host.unfence(client, arguments.name, as_json=as_json)
             case _:
                 try:
                     return host.watch(client, arguments.interval, as_json=as_json)
@@ -216,6 +218,8 @@ def _parser() -> argparse.ArgumentParser:
 
     guests = commands.add_parser("guests", help="all guests of the host as a table")
     guests.add_argument("--pool", metavar="POOL", default="", help="of this pool alone")
+    unfence = commands.add_parser("unfence", help="give a guest that exceeded its grant its share again")
+    unfence.add_argument("name", metavar="NAME", help="the guest")
     pool = commands.add_parser("pool", help="a pool of the host, what is promised of it, and its pressure")
     pool.add_argument("name", metavar="POOL", nargs="?", default="", help="which one; the only one needs no name")
 

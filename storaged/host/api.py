@@ -95,6 +95,16 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         what = request.id or f"of {request.guest}"
         raise StoragedError(f"there is no resize {what}", Kind.NOT_FOUND)
 
+    async def LiftFence(  # noqa: N802  # as above
+        self,
+        request: pb.LiftFenceRequest,
+        context: Context,  # noqa: ARG002  # as above
+    ) -> pb.LiftFenceResponse:
+        controller = self._of(request.guest)
+        controller.lift_fence(request.guest)
+        guest = next(guest for guest in self._guests([controller]) if guest.name == request.guest)
+        return pb.LiftFenceResponse(guest=guest)
+
     async def Watch(  # noqa: N802  # as above
         self,
         request: pb.WatchRequest,

@@ -57,7 +57,7 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
     keep = int(max(room, 0) * settings.kept_share)
     _ask_again(mute, purse, min(settings.base, keep // max(len(mute), 1)), at)
     _bind(claims, purse)
-    _tell_again(claims, purse)
+    _tell_again(claims, purse, broken=slack < 0)
     _fence(claims, purse, at)
     unmet = _grow(state, [claim for claim in claims if claim.urgent], division, purse, 0)
     short = keep + unmet - settling - purse.left
@@ -112,11 +112,18 @@ def _ask_again(mute: list[_Claim], purse: _Purse, most: int, at: float) -> None:
         purse.send(claim, sector_floor(max(size, 0)))
 
 
-def _tell_again(claims: list[_Claim], purse: _Purse) -> None:
-    """Guests whose last call failed, or that could not get there, are told what they have once more, if it is there."""
+def _tell_again(claims: list[_Claim], purse: _Purse, *, broken: bool) -> None:
+    """Guests whose last call failed, or that could not get there, are told what they have once more, if it is there.
+
+    While promises are `broken` they are told what is left: their answer says where they stand now.
+    """
     for claim in claims:
+        if not claim.free_to_move or not claim.guest.failures or not claim.guest.lease.bound:
+            continue
         size = sector_floor(max(min(claim.target, claim.held), 0))
-        if claim.free_to_move and claim.guest.failures and claim.guest.lease.bound and size <= purse.left:
+        if broken:
+            size = min(size, sector_floor(max(purse.left, 0)))
+        if size <= purse.left or not size:
             purse.send(claim, size)
 
 

@@ -12,7 +12,7 @@ from storaged.host.controller import Controller
 from storaged.host.history import Point
 from storaged.host.levels import Level
 from storaged.host.members import Client, Member
-from storaged.host.model import Presence, books, established
+from storaged.host.model import Guest, Presence, books, established
 from storaged.host.saga_model import Outcome, Saga, Stage
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 
@@ -109,11 +109,24 @@ def guest(member: Member, controller: Controller, now: float, logical: int | Non
         answer.allocated_bytes = believed.image
         answer.left_bytes = believed.left
         answer.write_bytes_per_s = max(believed.rate, 0.0)
+        answer.overruns = believed.overruns
+        answer.claim_bytes = believed.claim
+        if believed.fenced_until > now:
+            answer.fenced_for_s = believed.fenced_until - now
         if believed.lease.bound:
             answer.grant_bytes = believed.lease.granted
+            answer.beyond_bytes = believed.lease.beyond + believed.lease.raised
+        if believed.runs:
+            answer.unproven_reason = _unproven(believed)
     if member.client is not None:
         _reported(answer, member.client, now)
     return answer
+
+
+def _unproven(guest: Guest) -> str:
+    if not guest.lease.bound:
+        return "it has not answered to a grant"
+    return "" if guest.lease.proven else "its agent does not tell what is preallocated in the guest"
 
 
 def resized(answer: pb.Guest, saga: Saga, *, newer_than_look: bool, newer_than_report: bool) -> None:

@@ -42,6 +42,17 @@ AVAILABLE = Family(
 BALLOON = Family("storaged_host_guest_balloon_bytes", _G, "Bytes its balloon holds", _VM, REPORTED)
 WEIGHT = Family("storaged_host_guest_weight", _G, "Its share against others", _VM)
 UP = Family("storaged_host_guest_up", _G, "1 while it answers, 0 while it is silent", _VM, RUNS)
+OVERRUNS = Family(
+    "storaged_host_guest_overruns_total", _C, "Times that the guest's image grew beyond all that it may write", _VM
+)
+FENCED = Family("storaged_host_guest_fenced", _G, "1 while it is granted nothing because it exceeded its grant", _VM)
+LEFT = Family(
+    "storaged_host_guest_may_write_bytes",
+    _G,
+    "Bytes that the guest may still write by any kind of write, at most, as the host reckons",
+    _VM,
+    RUNS,
+)
 IMAGE = Family("storaged_host_image_allocated_bytes", _G, "What its image costs the host", _VM)
 REBALANCES = Family(
     "storaged_host_rebalances_total",
@@ -62,6 +73,9 @@ HOST = (
     BALLOON,
     WEIGHT,
     UP,
+    LEFT,
+    OVERRUNS,
+    FENCED,
     IMAGE,
     REBALANCES,
     REACTION,

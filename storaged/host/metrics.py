@@ -94,10 +94,13 @@ def _guests(watched: _Watched, values: dict[str, Numbers]) -> None:
         guest = guests.get(name)
         known: dict[Family, float] = {
             f.WEIGHT: member.config.weight,
+            f.OVERRUNS: guest.overruns if guest is not None else 0,
+            f.FENCED: guest is not None and guest.fenced_until > 0,
             f.IMAGE: guest.image if guest is not None else allocated(member.config.image) or 0,
         }
         if guest is not None and guest.runs:
             known[f.UP] = guest.presence is Presence.UP
+            known[f.LEFT] = guest.left
         if guest is not None and guest.lease.bound:
             known[f.GRANT] = guest.lease.granted
         report = member.client.report if member.client is not None else None

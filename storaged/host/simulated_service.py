@@ -57,6 +57,12 @@ class SimulatedService(rpc.HostServicer):
             await _abort(context, error)
             raise
 
+    async def LiftFence(self, request: pb.LiftFenceRequest, context: Any) -> pb.LiftFenceResponse:
+        if request.guest not in self.host.guests:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no guest is called {request.guest!r}")
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{request.guest} is not fenced")
+        raise AssertionError
+
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Report]:  # noqa: ARG002
         history = True
         while True:

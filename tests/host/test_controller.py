@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,7 +18,9 @@ import pytest
 
 from lab.agent import agent, serve
 from storaged.addresses import TcpAddress, UnixAddress
+from storaged.errors import Kind, StoragedError
 from storaged.host import encode
+from storaged.host.api import HostApi
 from storaged.host.config import Discovery, GuestConfig, HostConfig, PoolConfig, Tls
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
@@ -29,6 +32,7 @@ from storaged.host.service import Host
 from storaged.host.settings import Sharing
 from storaged.host.watch import PoolError, Watcher
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_host_pb2_grpc
+from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.units import GIB, MIB
 
 FAST = Sharing(answer_s=0.6, retry_first_s=0.1, retry_most_s=0.2, dwell_s=0.2)
@@ -349,3 +353,25 @@ async def test_a_stranger_is_turned_away(tmp_path: Path) -> None:
     finally:
         await listener.stop()
     assert not (tmp_path / "l.sock").exists()
+
+
+async def test_an_operator_gives_a_fenced_guest_its_share_again(tmp_path: Path) -> None:
+    async with running(tmp_path, 40 * GIB, "a", "b") as bench:
+        await bench.until(lambda: bench.bound("a") and bench.bound("b"))
+        controller, api = bench.controller, HostApi([bench.controller])
+        guests = dict(controller.state.guests)
+        guests["a"] = replace(guests["a"], fenced_until=time.monotonic() + 500, overruns=3)
+        controller.state = replace(controller.state, guests=guests)
+        await bench.until(lambda: bench.agents["a"].allowed == 0)
+        told = next(guest for guest in (await api.ListGuests(pb.ListGuestsRequest(), None)).guests if guest.name == "a")
+        assert 400 < told.fenced_for_s <= 500
+        assert told.overruns == 3
+        answer = await api.LiftFence(pb.LiftFenceRequest(guest="a"), None)
+        assert not answer.guest.HasField("fenced_for_s")
+        await bench.until(lambda: (bench.agents["a"].allowed or 0) > GIB)
+        with pytest.raises(StoragedError, match="a is not fenced") as refused:
+            await api.LiftFence(pb.LiftFenceRequest(guest="a"), None)
+        assert refused.value.kind is Kind.PRECONDITION
+        with pytest.raises(StoragedError, match="no guest is called 'nobody'") as unknown:
+            await api.LiftFence(pb.LiftFenceRequest(guest="nobody"), None)
+        assert unknown.value.kind is Kind.NOT_FOUND

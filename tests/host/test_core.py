@@ -13,10 +13,11 @@ from storaged.host import leases, levels
 from storaged.host.demand import divide, smoothed, water_fill
 from storaged.host.leases import Answer
 from storaged.host.levels import Level, Pressure
-from storaged.host.model import Guest, Presence, State, books, established
+from storaged.host.model import Guest, Presence, books, established
 from storaged.host.settings import Sharing
 from storaged.host.shares import next_wakeup, step
 from storaged.units import GIB, MIB
+from tests.host.told import Told
 
 SETTINGS = Sharing()
 parts = st.lists(st.tuples(st.integers(0, 100 * GIB), st.sampled_from([0.5, 1.0, 2.0, 9.0])), min_size=1, max_size=8)
@@ -113,32 +114,6 @@ def test_looks_come_faster_as_free_runs_out() -> None:
     assert SETTINGS.poll_most_s == far > near > SETTINGS.poll_least_s
     assert levels.interval(MIB, 1.0 * GIB, SETTINGS) == SETTINGS.poll_least_s
     assert math.isclose(near, 8 / SETTINGS.looks)
-
-
-class Told:
-    """A state, and what its steps asked for."""
-
-    def __init__(self, *guests: str, free: int = 40 * GIB) -> None:
-        self.state = State()
-        self.now = 0.0
-        self.images = dict.fromkeys(guests, 0)
-        for name in guests:
-            self.step(ev.GuestJoined(name, 500 * GIB, 0, self.now))
-        self.look(free)
-
-    def step(self, event: ev.Event) -> dict[str, ev.SetGrant]:
-        self.state, effects = step(self.state, event)
-        self.notes = [effect for effect in effects if isinstance(effect, ev.Note)]
-        self.sent = {effect.guest: effect for effect in effects if isinstance(effect, ev.SetGrant)}
-        return self.sent
-
-    def look(self, free: int, after_s: float = 1.0) -> dict[str, ev.SetGrant]:
-        self.now += after_s
-        return self.step(ev.PoolSampled(free, self.now, self.images))
-
-    def answer(self, *grants: ev.SetGrant) -> None:
-        for grant in grants:
-            self.step(ev.GrantAcked(grant.guest, grant.seq, Answer(grant.size), self.now))
 
 
 def test_all_are_bound_at_the_first_look() -> None:

@@ -294,6 +294,45 @@ class CancelResizeResponse(_message.Message):
 Global___CancelResizeResponse: _TypeAlias = CancelResizeResponse  # noqa: Y015
 
 @_typing.final
+class LiftFenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    guest: _builtins.str
+    def __init__(
+        self,
+        *,
+        guest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiftFenceRequest: _TypeAlias = LiftFenceRequest  # noqa: Y015
+
+@_typing.final
+class LiftFenceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def guest(self) -> Global___Guest: ...
+    def __init__(
+        self,
+        *,
+        guest: Global___Guest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiftFenceResponse: _TypeAlias = LiftFenceResponse  # noqa: Y015
+
+@_typing.final
 class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -465,6 +504,11 @@ class Guest(_message.Message):
     WRITE_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     RESIZABLE_FIELD_NUMBER: _builtins.int
     NOT_RESIZABLE_REASON_FIELD_NUMBER: _builtins.int
+    FENCED_FOR_S_FIELD_NUMBER: _builtins.int
+    OVERRUNS_FIELD_NUMBER: _builtins.int
+    BEYOND_BYTES_FIELD_NUMBER: _builtins.int
+    CLAIM_BYTES_FIELD_NUMBER: _builtins.int
+    UNPROVEN_REASON_FIELD_NUMBER: _builtins.int
     FILESYSTEM_BYTES_FIELD_NUMBER: _builtins.int
     BALLOON_BYTES_FIELD_NUMBER: _builtins.int
     AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
@@ -493,6 +537,20 @@ class Guest(_message.Message):
     resizable: _builtins.bool
     """Can its image be resized? Why not, when not."""
     not_resizable_reason: _builtins.str
+    fenced_for_s: _builtins.float
+    """It exceeded its grant, and is granted nothing for that long; absent when
+    it is not fenced.
+    """
+    overruns: _builtins.int
+    """How often it exceeded its grant since storaged-host has started."""
+    beyond_bytes: _builtins.int
+    """What it may write beyond its grant: metadata's room, preallocated files,
+    blocks that its image has lost. Part of `left_bytes`.
+    """
+    claim_bytes: _builtins.int
+    """What a resize of it may write besides. Not part of `left_bytes`."""
+    unproven_reason: _builtins.str
+    """Why it may write more than is known; empty when its bound is proven."""
     filesystem_bytes: _builtins.int
     """From its own report: absent when it is no storaged, or has not reported."""
     balloon_bytes: _builtins.int
@@ -521,6 +579,11 @@ class Guest(_message.Message):
         write_bytes_per_s: _builtins.float = ...,
         resizable: _builtins.bool = ...,
         not_resizable_reason: _builtins.str = ...,
+        fenced_for_s: _builtins.float | None = ...,
+        overruns: _builtins.int = ...,
+        beyond_bytes: _builtins.int = ...,
+        claim_bytes: _builtins.int = ...,
+        unproven_reason: _builtins.str = ...,
         filesystem_bytes: _builtins.int | None = ...,
         balloon_bytes: _builtins.int | None = ...,
         available_bytes: _builtins.int | None = ...,
@@ -530,14 +593,16 @@ class Guest(_message.Message):
         report_age_s: _builtins.float | None = ...,
         stale_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_available_bytes", b"_available_bytes", "_balloon_bytes", b"_balloon_bytes", "_filesystem_bytes", b"_filesystem_bytes", "_grant_bytes", b"_grant_bytes", "_guaranteed_bytes", b"_guaranteed_bytes", "_minimum_bytes", b"_minimum_bytes", "_report_age_s", b"_report_age_s", "available_bytes", b"available_bytes", "balloon_bytes", b"balloon_bytes", "filesystem_bytes", b"filesystem_bytes", "grant_bytes", b"grant_bytes", "guaranteed_bytes", b"guaranteed_bytes", "minimum_bytes", b"minimum_bytes", "report_age_s", b"report_age_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_available_bytes", b"_available_bytes", "_balloon_bytes", b"_balloon_bytes", "_fenced_for_s", b"_fenced_for_s", "_filesystem_bytes", b"_filesystem_bytes", "_grant_bytes", b"_grant_bytes", "_guaranteed_bytes", b"_guaranteed_bytes", "_minimum_bytes", b"_minimum_bytes", "_report_age_s", b"_report_age_s", "available_bytes", b"available_bytes", "balloon_bytes", b"balloon_bytes", "fenced_for_s", b"fenced_for_s", "filesystem_bytes", b"filesystem_bytes", "grant_bytes", b"grant_bytes", "guaranteed_bytes", b"guaranteed_bytes", "minimum_bytes", b"minimum_bytes", "report_age_s", b"report_age_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_bytes", b"_available_bytes", "_balloon_bytes", b"_balloon_bytes", "_filesystem_bytes", b"_filesystem_bytes", "_grant_bytes", b"_grant_bytes", "_guaranteed_bytes", b"_guaranteed_bytes", "_minimum_bytes", b"_minimum_bytes", "_report_age_s", b"_report_age_s", "address", b"address", "allocated_bytes", b"allocated_bytes", "available_bytes", b"available_bytes", "balloon_bytes", b"balloon_bytes", "filesystem_bytes", b"filesystem_bytes", "grant_bytes", b"grant_bytes", "guaranteed_bytes", b"guaranteed_bytes", "image", b"image", "left_bytes", b"left_bytes", "logical_bytes", b"logical_bytes", "minimum_bytes", b"minimum_bytes", "minimum_reason", b"minimum_reason", "name", b"name", "not_resizable_reason", b"not_resizable_reason", "pool", b"pool", "report_age_s", b"report_age_s", "resizable", b"resizable", "stale_reason", b"stale_reason", "state", b"state", "weight", b"weight", "write_bytes_per_s", b"write_bytes_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_available_bytes", b"_available_bytes", "_balloon_bytes", b"_balloon_bytes", "_fenced_for_s", b"_fenced_for_s", "_filesystem_bytes", b"_filesystem_bytes", "_grant_bytes", b"_grant_bytes", "_guaranteed_bytes", b"_guaranteed_bytes", "_minimum_bytes", b"_minimum_bytes", "_report_age_s", b"_report_age_s", "address", b"address", "allocated_bytes", b"allocated_bytes", "available_bytes", b"available_bytes", "balloon_bytes", b"balloon_bytes", "beyond_bytes", b"beyond_bytes", "claim_bytes", b"claim_bytes", "fenced_for_s", b"fenced_for_s", "filesystem_bytes", b"filesystem_bytes", "grant_bytes", b"grant_bytes", "guaranteed_bytes", b"guaranteed_bytes", "image", b"image", "left_bytes", b"left_bytes", "logical_bytes", b"logical_bytes", "minimum_bytes", b"minimum_bytes", "minimum_reason", b"minimum_reason", "name", b"name", "not_resizable_reason", b"not_resizable_reason", "overruns", b"overruns", "pool", b"pool", "report_age_s", b"report_age_s", "resizable", b"resizable", "stale_reason", b"stale_reason", "state", b"state", "unproven_reason", b"unproven_reason", "weight", b"weight", "write_bytes_per_s", b"write_bytes_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__available_bytes: _TypeAlias = _typing.Literal["available_bytes"]  # noqa: Y015
     _WhichOneofArgType__available_bytes: _TypeAlias = _typing.Literal["_available_bytes", b"_available_bytes"]  # noqa: Y015
     _WhichOneofReturnType__balloon_bytes: _TypeAlias = _typing.Literal["balloon_bytes"]  # noqa: Y015
     _WhichOneofArgType__balloon_bytes: _TypeAlias = _typing.Literal["_balloon_bytes", b"_balloon_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__fenced_for_s: _TypeAlias = _typing.Literal["fenced_for_s"]  # noqa: Y015
+    _WhichOneofArgType__fenced_for_s: _TypeAlias = _typing.Literal["_fenced_for_s", b"_fenced_for_s"]  # noqa: Y015
     _WhichOneofReturnType__filesystem_bytes: _TypeAlias = _typing.Literal["filesystem_bytes"]  # noqa: Y015
     _WhichOneofArgType__filesystem_bytes: _TypeAlias = _typing.Literal["_filesystem_bytes", b"_filesystem_bytes"]  # noqa: Y015
     _WhichOneofReturnType__grant_bytes: _TypeAlias = _typing.Literal["grant_bytes"]  # noqa: Y015
@@ -552,6 +617,8 @@ class Guest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__available_bytes) -> _WhichOneofReturnType__available_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__balloon_bytes) -> _WhichOneofReturnType__balloon_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fenced_for_s) -> _WhichOneofReturnType__fenced_for_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__filesystem_bytes) -> _WhichOneofReturnType__filesystem_bytes | None: ...
     @_typing.overload

@@ -54,6 +54,11 @@ class HostStub:
                 request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.CancelResizeRequest.SerializeToString,
                 response_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.CancelResizeResponse.FromString,
                 _registered_method=True)
+        self.LiftFence = channel.unary_unary(
+                '/storaged.host.v1.Host/LiftFence',
+                request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.LiftFenceRequest.SerializeToString,
+                response_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.LiftFenceResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/storaged.host.v1.Host/Watch',
                 request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.WatchRequest.SerializeToString,
@@ -102,6 +107,15 @@ class HostServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LiftFence(self, request, context):
+        """Gives a guest that exceeded its grant its share again before its time.
+        NOT_FOUND for a guest that is not known, FAILED_PRECONDITION when it is
+        not fenced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """One Report at once, then one after every change, no more often than the
         requested interval. Ends only when either side ends it.
@@ -132,6 +146,11 @@ def add_HostServicer_to_server(servicer, server):
                     servicer.CancelResize,
                     request_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.CancelResizeRequest.FromString,
                     response_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.CancelResizeResponse.SerializeToString,
+            ),
+            'LiftFence': grpc.unary_unary_rpc_method_handler(
+                    servicer.LiftFence,
+                    request_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.LiftFenceRequest.FromString,
+                    response_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.LiftFenceResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -247,6 +266,33 @@ class Host:
             '/storaged.host.v1.Host/CancelResize',
             storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.CancelResizeRequest.SerializeToString,
             storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.CancelResizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LiftFence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/storaged.host.v1.Host/LiftFence',
+            storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.LiftFenceRequest.SerializeToString,
+            storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.LiftFenceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,11 @@ class HostStub:
     in RESIZE_CANCELLED, or in RESIZE_DONE when it was too late.
     NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended.
     """
+    LiftFence: _grpc.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.LiftFenceRequest, _storaged_host_v1_pb2.LiftFenceResponse]
+    """Gives a guest that exceeded its grant its share again before its time.
+    NOT_FOUND for a guest that is not known, FAILED_PRECONDITION when it is
+    not fenced.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_storaged_host_v1_pb2.WatchRequest, _storaged_host_v1_pb2.Report]
     """One Report at once, then one after every change, no more often than the
     requested interval. Ends only when either side ends it.
@@ -87,6 +92,11 @@ class HostAsyncStub(HostStub):
     """Asks a running resize to stop. Answers at once; the resize ends by itself
     in RESIZE_CANCELLED, or in RESIZE_DONE when it was too late.
     NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended.
+    """
+    LiftFence: _aio.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.LiftFenceRequest, _storaged_host_v1_pb2.LiftFenceResponse]  # type: ignore[assignment]
+    """Gives a guest that exceeded its grant its share again before its time.
+    NOT_FOUND for a guest that is not known, FAILED_PRECONDITION when it is
+    not fenced.
     """
     Watch: _aio.UnaryStreamMultiCallable[_storaged_host_v1_pb2.WatchRequest, _storaged_host_v1_pb2.Report]  # type: ignore[assignment]
     """One Report at once, then one after every change, no more often than the
@@ -138,6 +148,17 @@ class HostServicer(metaclass=_abc_1.ABCMeta):
         """Asks a running resize to stop. Answers at once; the resize ends by itself
         in RESIZE_CANCELLED, or in RESIZE_DONE when it was too late.
         NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended.
+        """
+
+    @_abc_1.abstractmethod
+    def LiftFence(
+        self,
+        request: _storaged_host_v1_pb2.LiftFenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storaged_host_v1_pb2.LiftFenceResponse, _abc.Awaitable[_storaged_host_v1_pb2.LiftFenceResponse]]:
+        """Gives a guest that exceeded its grant its share again before its time.
+        NOT_FOUND for a guest that is not known, FAILED_PRECONDITION when it is
+        not fenced.
         """
 
     @_abc_1.abstractmethod

@@ -57,10 +57,13 @@ export class GuestCard {
   update(guest, pool) {
     this.guest = guest;
     this.pool = pool;
-    const [word, tone] = STATE[guest.state];
+    const [word, tone] = guest.fenced ? ["fenced", "bad"] : STATE[guest.state];
     const badge = this.find(".state");
     badge.textContent = word;
     badge.dataset.tone = tone;
+    badge.title = guest.fenced
+      ? `It exceeded its grant and is granted nothing: storagectl unfence ${guest.name}`
+      : guest.unproven && `It may write more than is known: ${guest.unproven}`;
     this.find(".where").textContent = guest.writes >= MIB ? `writes ${size(guest.writes)}/s` : "";
     this.element.classList.toggle("stale", Boolean(guest.stale));
     const old = this.find(".old");
