@@ -329,6 +329,37 @@ async def test_a_pool_that_fills_up_before_the_guest_is_asked(tmp_path: Path) ->
     assert bench.guest.target == 0, "the guest was not asked"
 
 
+async def test_what_a_shrink_moves_is_claimed_before_the_guest_is_asked_and_given_up_after(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, LARGE)
+    bench.short = 5
+    async with running(bench):
+        begun = await bench.resizes.begin("g", SMALL)
+        async with asyncio.timeout(5):
+            while not bench.claims:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+        assert bench.guest.target == 0, "others may still write what it needs"
+        assert bench.claims[0] > 64 * MIB
+        bench.short = 0
+        assert (await bench.ends(begun.id)).outcome is Outcome.DONE
+        assert bench.claims[-1] == 0
+        bench.claims.clear()
+        assert (await bench.ends((await bench.resizes.begin("g", LARGE)).id)).outcome is Outcome.DONE
+    assert set(bench.claims) == {0}, "a growth moves nothing"
+
+
+async def test_a_shrink_whose_room_others_do_not_give_up_is_not_asked_for(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, LARGE)
+    bench.short = 64 * MIB
+    async with running(bench):
+        saga = await bench.ends((await bench.resizes.begin("g", SMALL)).id)
+    assert saga.outcome is Outcome.FAILED
+    assert "other guests may still write 64.0 MiB of that" in saga.reason
+    assert bench.guest.target == 0
+    assert bench.claims[-1] == 0
+    assert bench.sizes() == (LARGE, LARGE)
+
+
 async def test_a_shrink_waits_for_the_first_look_at_the_pool(tmp_path: Path) -> None:
     bench = Bench(tmp_path, LARGE)
     bench.room = None
