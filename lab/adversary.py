@@ -10,6 +10,7 @@ started again. At the end: I/O errors in the guests, how often the host was full
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import os
@@ -117,7 +118,8 @@ class Writer:
             self._kept[path] = hashlib.sha256(data).hexdigest()
             self._figures.written += BLOCK
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the filesystem may be read-only since
+                path.unlink(missing_ok=True)
             # What was accepted and then could not be written met a full host: a loop device passes that on as ENOSPC,
             # a virtual disk as EIO. An honest ENOSPC comes before.
             if accepted or error.errno != errno.ENOSPC:

@@ -132,9 +132,13 @@ class BalloonEngine:
         return space.available * space.data_copies + unwritten + metadata
 
     def potential(self, space: Space) -> int:
-        """Host bytes that the guest holds and can still take. Writing does not change it, only the balloon does."""
+        """Host bytes that the guest holds and can still take. Writing does not change it, only the balloon does.
+
+        It is of the moment at which the balloon changed last, also where `space` is older: what the balloon takes is
+        used and no longer available. A `space` from before a shrink tells too little.
+        """
         metadata = 0 if space.mixed else space.metadata_total * space.metadata_copies
-        return self._data(space, self._held) + space.available * space.data_copies + metadata
+        return max(self._data(space, self._held) + space.available * space.data_copies, 0) + metadata
 
     def prepare(self) -> str:
         """Give a new filesystem's metadata a chunk of the usual size while there is room; says what it did.

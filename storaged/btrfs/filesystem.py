@@ -20,6 +20,8 @@ from storaged.resize.layout import Chunk, Layout
 from storaged.units import GIB, MIB
 
 MOST_DATA_CHUNK = GIB
+READS = 5
+"""Tries to read what is used without anything moving on meanwhile."""
 """A data stripe is at most this (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
 CHUNK_STEP = 16 * MIB
 """A tenth of the filesystem is rounded up to this (fs/btrfs/volumes.c, decide_stripe_size_regular)."""
@@ -117,7 +119,7 @@ class BtrfsFilesystem:
         device = self._fs.dev_info(self.devid)
         data = "allocation/mixed" if self._mixed else "allocation/data"
         metadata = "allocation/mixed" if self._mixed else "allocation/metadata"
-        used = sum(self._number(f"{data}/{part}") for part in ("bytes_used", "bytes_reserved", "bytes_may_use"))
+        used = self._used(data)
         data_total = self._number(f"{data}/total_bytes")
         metadata_total = self._number(f"{metadata}/total_bytes")
         size: int = device.total_bytes
@@ -142,6 +144,21 @@ class BtrfsFilesystem:
             read_only=self.read_only(),
             exclusive_operation=self._text("exclusive_operation"),
         )
+
+    def _used(self, kind: str) -> int:
+        """Bytes of `kind` that are taken, however far they are on their way to the disk.
+
+        They go from `may_use` to `reserved` to `used`, and each is a file of its own: what moves on between two reads
+        would be missing. So it is read again until `used` stood still meanwhile; at last it is rather told too little.
+        """
+        before = rest = 0
+        used = self._number(f"{kind}/bytes_used")
+        for _ in range(READS):
+            rest = self._number(f"{kind}/bytes_reserved") + self._number(f"{kind}/bytes_may_use")
+            before, used = used, self._number(f"{kind}/bytes_used")
+            if used == before:
+                break
+        return before + rest
 
     def metadata_headroom(self) -> int:
         metadata = "allocation/mixed" if self._mixed else "allocation/metadata"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +54,13 @@ async def test_writing_does_not_change_what_it_holds_and_can_take(guest: Guest) 
     assert after.may_write_bytes < before.may_write_bytes - 900 * MIB
     await guest.report_free(2 * GIB)
     assert (await guest.report()).balloon.potential_bytes < before.potential_bytes - GIB // 2
+
+
+async def test_a_space_from_before_a_shrink_tells_too_little_and_nothing_negative(guest: Guest) -> None:
+    await guest.report_free(2 * GIB)
+    space = guest.world.filesystem.space()
+    then = replace(space, data_used=0, data_total=0, unallocated=0)
+    assert guest.service._engine.potential(then) == space.metadata_total * space.metadata_copies
 
 
 @given(st.builds(Bound, *[st.integers(0, MAX_SIZE)] * 3, st.text(max_size=100)))
