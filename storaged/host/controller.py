@@ -149,10 +149,11 @@ class Controller:
         self._step(ev.ClaimSet(name, size, time.monotonic()))
         self._news.set()
 
-    def _short(self) -> int:
-        """Bytes that are promised and not there, or not known to be; 0 when all of them are."""
-        pool = self.state.pool
-        return max(-books(self.state).slack, 0 if pool.whole and not self.unread else 1)
+    def _short(self, name: str) -> int:
+        """Bytes that the guest's claim lacks, or that are promised and not there, or not known to be; 0 for none."""
+        guest, pool, slack = self.state.guests.get(name), self.state.pool, books(self.state).slack
+        lacks = guest.claim_lacks if guest is not None else 0
+        return max(lacks - slack, 1 if lacks or not pool.whole or self.unread else 0)
 
     def lift_fence(self, name: str) -> None:
         """Let a guest that exceeded its grant have a share again. Raises StoragedError."""

@@ -49,7 +49,8 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
     slack = pool.free - pool.reserve - promised
     if not pool.whole and slack >= 0:
         return []  # somebody's image is not in this epoch: what looks free may be spent
-    room = pool.free - pool.reserve - fixed
+    asked = sum(guest.claim_lacks for guest in state.guests.values())
+    room = pool.free - pool.reserve - fixed - asked
     division = divide([claim.guest for claim in claims], room, at, settings)
     for claim, want, target in zip(claims, division.wants, division.targets, strict=True):
         claim.want, claim.target = want, target
@@ -59,15 +60,15 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
     _bind(claims, purse)
     _tell_again(claims, purse, broken=slack < 0)
     _fence(claims, purse, at)
-    unmet = _grow(state, [claim for claim in claims if claim.urgent], division, purse, 0)
-    short = keep + unmet - settling - purse.left
+    unmet = _grow(state, [claim for claim in claims if claim.urgent], division, purse, asked)
+    short = keep + asked + unmet - settling - purse.left
     if short > 0:
         if slack < 0:
             # Half of the reserve is there to shrink with.
             purse.left = max(purse.left + pool.reserve // 2, 0)
         _shrink(state, claims, division, purse, short, settings.least - slack if slack < 0 else 0)
-    if slack > 0 and purse.left > keep:
-        _grow(state, [claim for claim in claims if not claim.urgent], division, purse, keep)
+    if slack > 0 and purse.left > keep + asked:
+        _grow(state, [claim for claim in claims if not claim.urgent], division, purse, keep + asked)
     return purse.sends
 
 

@@ -110,7 +110,7 @@ def guest(member: Member, controller: Controller, now: float, logical: int | Non
         answer.left_bytes = believed.left
         answer.write_bytes_per_s = max(believed.rate, 0.0)
         answer.overruns = believed.overruns
-        answer.claim_bytes = believed.claim
+        answer.claim_bytes = believed.claim + believed.claim_lacks
         if believed.fenced_until > now:
             answer.fenced_for_s = believed.fenced_until - now
         if believed.lease.bound:

@@ -47,6 +47,7 @@ class Guest:
     overruns: int = 0
     fenced_until: float = 0.0  # until then it is granted nothing, because it exceeded its grant
     claim: int = 0  # what a resize of it may write besides
+    claim_asked: int = 0  # as large it is to be, once others have given that up; 0 when it is not to grow
     over_since: float = 0.0  # its image exceeds its ceiling, which a report may still explain
 
     @property
@@ -70,6 +71,11 @@ class Guest:
     def mute(self) -> bool:
         """Its agent has not answered since it was seen first, and was asked."""
         return not self.lease.bound and self.failures > 0
+
+    @property
+    def claim_lacks(self) -> int:
+        """By how much its claim is to grow."""
+        return max(self.claim_asked - self.claim, 0)
 
     @property
     def likely(self) -> int:

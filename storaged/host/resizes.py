@@ -47,7 +47,7 @@ class World:
     """What resizes need of the controller: a guest's image and agent, and to be told sizes.
 
     `room`: bytes that the pool has beyond its reserve; raises StoragedError while that is not known. `claim`: sets
-    bytes aside for what a guest's shrink moves, 0 for none. `short`: by how much more is promised than there is.
+    bytes aside for what a guest's shrink moves, 0 for none. `short`: bytes that are not there for that yet.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class World:
         changed: Callable[[], None],
         room: Callable[[], int],
         claim: Callable[[str, int], None],
-        short: Callable[[], int],
+        short: Callable[[str], int],
     ) -> None:
         self.image = image
         self.agent = agent
@@ -222,7 +222,7 @@ class Resizes:
         _, needs = await self._moves(guest, cut)
         self._world.claim(guest, needs)
         until = time.monotonic() + self._settings.patience_s
-        while (short := self._world.short()) > 0:
+        while (short := self._world.short(guest)) > 0:
             if time.monotonic() >= until:
                 raise StoragedError(
                     f"the pool cannot carry it: what {guest} moves takes {format_size(needs)}, and other guests may "

@@ -55,7 +55,7 @@ def _holding(guest: Guest, lease: leases.Lease) -> Guest:
     return Guest(
         guest.name, guest.size, guest.image, guest.seen_at, guest.weight, guest.presence, lease, guest.counted,
         guest.rate, guest.pleads, guest.pleads_until, guest.failures, guest.retry_at, guest.overran, guest.overruns,
-        guest.fenced_until, guest.claim, guest.over_since,
+        guest.fenced_until, guest.claim, guest.claim_asked, guest.over_since,
     )  # fmt: skip  # written out: `replace` costs three times as much, and a thousand guests may be told at once
 
 
@@ -95,7 +95,7 @@ def _shared(state: State, at: float) -> Result:
     """Judge, then send what is to be sent."""
     if state.pool.at is None:
         return state, ()
-    state, effects = _judged(state)
+    state, effects = _judged(_claimed(state))
     sends = decide(state, at)
     if not sends:
         return state, effects
@@ -108,6 +108,19 @@ def _shared(state: State, at: float) -> Result:
         guests[name] = _holding(guest, leases.sent(guest.lease, guest.image, seq, size, at))
         grants.append(ev.SetGrant(name, size, seq))
     return replace(state, guests=guests, seq=seq), (*effects, *grants, ev.Publish())
+
+
+def _claimed(state: State) -> State:
+    """Set aside what was asked for, where it is there by now."""
+    asking = [guest for guest in state.guests.values() if guest.claim_lacks]
+    if not asking or not state.pool.whole:
+        return state
+    guests, slack = dict(state.guests), books(state).slack
+    for guest in asking:
+        if guest.claim_lacks <= slack:
+            slack -= guest.claim_lacks
+            guests[guest.name] = replace(guest, claim=guest.claim_asked, claim_asked=0)
+    return replace(state, guests=guests)
 
 
 def _read(guest: Guest, image: int, at: float, state: State, counted: int | None) -> tuple[Guest, ev.Note | None]:
@@ -145,7 +158,8 @@ def _read(guest: Guest, image: int, at: float, state: State, counted: int | None
     pleads = guest.pleads if at < guest.pleads_until else 0
     read = Guest(
         guest.name, guest.size, image, at, guest.weight, guest.presence, lease, counted, rate, pleads,
-        guest.pleads_until, guest.failures, guest.retry_at, overran, overruns, fenced_until, guest.claim, over_since,
+        guest.pleads_until, guest.failures, guest.retry_at, overran, overruns, fenced_until, guest.claim,
+        guest.claim_asked, over_since,
     )  # fmt: skip  # written out: `replace` costs three times as much, and this runs for every guest at every look
     return read, note
 
@@ -253,7 +267,14 @@ def _guest_left(state: State, event: ev.GuestLeft) -> Result:
         del guests[event.guest]
     else:
         guests[event.guest] = replace(
-            guest, presence=Presence.GONE, lease=leases.Lease(), counted=None, rate=0.0, pleads=0, claim=0
+            guest,
+            presence=Presence.GONE,
+            lease=leases.Lease(),
+            counted=None,
+            rate=0.0,
+            pleads=0,
+            claim=0,
+            claim_asked=0,
         )
     # What it wrote since the epoch is not in `free` yet: nothing grows before the next one.
     pool = replace(state.pool, whole=False)
@@ -362,13 +383,14 @@ def _potential_reported(state: State, event: ev.PotentialReported) -> Result:
 
 def _claim_set(state: State, event: ev.ClaimSet) -> Result:
     guest = state.guests.get(event.guest)
-    if guest is None or not guest.runs or event.size == guest.claim:
+    if guest is None or not guest.runs or event.size == (guest.claim_asked or guest.claim):
         return state, ()
     lease = guest.lease
     if not event.size and lease.bound:
         # What was moved and is not discarded yet was not written by the guest.
         lease = replace(lease, ceiling=max(lease.ceiling, guest.image - lease.raised))
-    state = _with(state, replace(guest, claim=max(event.size, 0), lease=lease))
+    claim, asked = min(guest.claim, event.size), event.size if event.size > guest.claim else 0
+    state = _with(state, replace(guest, claim=claim, claim_asked=asked, lease=lease))
     state, effects = _shared(state, event.at)
     return state, (ev.Publish(), *effects)
 

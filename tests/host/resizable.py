@@ -67,7 +67,7 @@ class Bench:
             lambda: None,
             self._room,
             self._claim,
-            lambda: self.short,
+            lambda _: self.short,
         )
         self.resizes = Resizes("p", self.settings, world)
         return self.resizes
