@@ -103,6 +103,7 @@ class Resizes:
     async def run(self) -> None:
         """Until cancelled; what is under way then is taken up at the next start. Raises StoragedError."""
         self.load()
+        await self._recover()
         for job in self._jobs.values():
             saga = job.saga
             if saga.active:
@@ -121,6 +122,20 @@ class Resizes:
             await asyncio.gather(*tasks, return_exceptions=True)
             async with self._saving:
                 pass  # the last page is written
+
+    async def _recover(self) -> None:
+        """Of every guest that was resized: undo what a process that was killed in a cut left behind."""
+        cutting = {job.saga.guest for job in self._jobs.values() if job.saga.active and sagas.cuts(job.saga)}
+
+        async def of(guest: str) -> None:
+            try:
+                _, backend = self._world.image(guest)
+                await backend.recover(cutting=guest in cutting)
+            except StoragedError as error:
+                # Its machine may have ended; a resize that goes on tries again.
+                log.log(logging.WARNING if guest in cutting else logging.DEBUG, "%s: %s", guest, error.message)
+
+        await asyncio.gather(*(of(guest) for guest in {job.saga.guest for job in self._jobs.values()}))
 
     async def begin(self, guest: str, size: int) -> Saga:
         """Start one; it is written down when this returns. Raises StoragedError with what is wrong."""
