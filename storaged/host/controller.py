@@ -36,7 +36,8 @@ GLANCE_S = 0.02
 """A glance costs some microseconds. It has a thread of its own, which wakes the loop only when there is news."""
 GATHER_S = 0.005
 """Answers are waited for this long, so that many of them are one step."""
-MACHINES_S = 1.0
+MACHINES_S = 0.5
+"""Seconds between two looks at whose machine runs: an end is noticed within a second."""
 WAKE_S = 0.05
 """When the next thing is due is looked up this often at most: it takes a walk over all guests."""
 
