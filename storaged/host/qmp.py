@@ -108,7 +108,9 @@ class QmpImage(RawImage):
             try:
                 return await self.recover(cutting=True)
             except ImageError as error:
-                if isinstance(error.__cause__, ConnectError):
+                # Others (EAGAIN, EINVAL) come from a monitor whose queue is full because it hangs.
+                cause = error.__cause__
+                if isinstance(cause, ConnectError) and isinstance(cause.exc, ConnectionRefusedError | FileNotFoundError):
                     return None  # QEMU has ended
 
     async def _unmark(self) -> bool:
