@@ -155,16 +155,26 @@ class RawImage:
 
     async def _confirm(self, size: int, had: int) -> None:
         """Look again after a cut; a filesystem that does not fit gets its room back, and WouldCut is raised."""
-        await self._flush()
-        filesystem = await self.filesystem_size()
-        if filesystem <= size:
+        now = min(size, had)
+        was = f"image {self.path} {'was cut to' if had > size else 'had'} {now} bytes"
+        try:
+            await self._flush()
+            filesystem = await self.filesystem_size()
+        except ImageError as error:
+            raise ImageError(f"{was} and cannot be checked: {error.message}", error.kind) from error
+        if filesystem <= now:
             return
         back = max(had, filesystem)
-        await self._set(back)
-        await self._flush()
+        try:
+            await self._set(back)
+            await self._flush()
+        except ImageError as error:
+            raise WouldCut(
+                f"{was}, its filesystem has {filesystem}, and it could not be made {back} again: {error.message}"
+            ) from error
         raise WouldCut(
-            f"image {self.path} was cut to {size} bytes and has {back} again: its filesystem was growing to "
-            f"{filesystem} at that moment; what the guest had written behind {size} reads as zeros"
+            f"{was} and has {back} again: its filesystem has grown to {filesystem}; what the guest had written "
+            f"behind {now} reads as zeros"
         )
 
     async def _step(self, name: str) -> None:

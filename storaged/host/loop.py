@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import struct
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ _STATUS_LENGTH = 232
 _LIMIT_AT, _NAME_AT, _NAME_LENGTH = 32, 56, 64
 """lo_sizelimit; lo_file_name (LO_NAME_SIZE), which the kernel keeps for user space and never reads."""
 MARK = b"storaged-host cuts:"
+AGAIN_S, _AGAIN_TIMES = 0.25, 16
+"""LOOP_SET_STATUS64 fails with EAGAIN while a page of the device is dirty (up to Linux 5.18); losetup does the same."""
 
 
 def devices(path: str) -> dict[str, bool]:
@@ -90,7 +93,14 @@ def _limit(device: str, path: str, size: int) -> None:
             name = kept if len(name) < _NAME_LENGTH - 1 else os.fsencode(path)
         struct.pack_into("<Q", status, _LIMIT_AT, size)
         struct.pack_into(f"{_NAME_LENGTH}s", status, _NAME_AT, name[: _NAME_LENGTH - 1])
-        fcntl.ioctl(fd, _SET_STATUS64, bytes(status))
+        for left in range(_AGAIN_TIMES, -1, -1):
+            try:
+                fcntl.ioctl(fd, _SET_STATUS64, bytes(status))
+                break
+            except BlockingIOError:
+                if not left:
+                    raise
+                time.sleep(AGAIN_S)
         fcntl.ioctl(fd, _SET_CAPACITY)
 
 
@@ -144,6 +154,11 @@ class LoopImage(RawImage):
                 try:
                     _limit(device, self.path, size)
                 except OSError as error:
+                    if not size:
+                        raise ImageError(
+                            f"the limit that the cut of {self.path} had put on {device} is still there: "
+                            f"{error.strerror}; the next resize, or start of storaged-host, removes it"
+                        ) from error
                     if error.errno != errno.EBUSY:
                         raise
                     raise ImageError(

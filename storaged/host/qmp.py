@@ -110,7 +110,8 @@ class QmpImage(RawImage):
             except ImageError as error:
                 # Others (EAGAIN, EINVAL) come from a monitor whose queue is full because it hangs.
                 cause = error.__cause__
-                if isinstance(cause, ConnectError) and isinstance(cause.exc, ConnectionRefusedError | FileNotFoundError):
+                ended = (ConnectionRefusedError, FileNotFoundError)
+                if isinstance(cause, ConnectError) and isinstance(cause.exc, ended):
                     return None  # QEMU has ended
 
     async def _unmark(self) -> bool:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import itertools
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from lab.loop import Guest, memory, run, workspace
-from storaged.host import superblock
+from storaged.host import loop, superblock
 from storaged.host.images import ImageError, WouldCut
 from storaged.host.loop import LoopImage
 from storaged.units import GIB, MIB
@@ -21,6 +24,7 @@ from tests.btrfs.support import hashes
 
 pytestmark = pytest.mark.btrfs
 SMALL, LARGE = 512 * MIB, GIB
+ROUNDS = 40
 GAPS = ["checked", "held", "flushed", "read", "cut", "confirmed", "released"]
 
 
@@ -60,6 +64,13 @@ def _grow(guest: Guest) -> bool:
         _write(guest, f"grown-{number}", 70)
     run("btrfs", "filesystem", "sync", guest.mountpoint)
     return superblock.read(str(guest.image)).size > SMALL
+
+
+def _grew(guest: Guest) -> bool:
+    """As `_grow`, and fills only what was won."""
+    run("btrfs", "filesystem", "resize", "max", guest.mountpoint)
+    run("btrfs", "filesystem", "sync", guest.mountpoint)
+    return _grow(guest) if superblock.read(str(guest.image)).size > SMALL else _write(guest, "grown-0", 4) and False
 
 
 def _sizes(guest: Guest) -> tuple[int, int]:
@@ -143,6 +154,140 @@ def test_killed_in_any_gap_the_next_run_cuts_it(guest: Guest, gap: str) -> None:
     assert asyncio.run(LoopImage(str(guest.image)).shrink(SMALL)) == SMALL
     assert _sizes(guest) == (SMALL, SMALL)
     _sound(guest, content)
+
+
+class _Calls:
+    """Does `before(n)` before the n-th call that changes or flushes the device or the file."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+        self.count = 0
+        self._before = before
+        for owner, name in ((fcntl, "ioctl"), (os, "truncate"), (os, "fsync")):
+            patch.setattr(owner, name, self._around(getattr(owner, name)))
+
+    def _around(self, call: Callable[..., int]) -> Callable[..., int]:
+        def counted(*arguments: object) -> int:
+            if call is not _IOCTL or arguments[1] != loop._GET_STATUS64:
+                number, self.count = self.count, self.count + 1
+                self._before(number)
+            return call(*arguments)
+
+        return counted
+
+
+_IOCTL = fcntl.ioctl
+KILLED_AT = """
+import asyncio, os, signal, sys
+import pytest
+from storaged.host.loop import LoopImage
+from tests.host.test_cut import _Calls
+
+def before(number):
+    if number == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+_Calls(pytest.MonkeyPatch(), before)
+asyncio.run(LoopImage(sys.argv[1]).shrink(int(sys.argv[2])))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_killed_between_any_two_calls_to_the_kernel_all_is_undone_and_nothing_lost(guest: Guest) -> None:
+    content = hashes(guest.mountpoint)
+    limited, cut = [], []
+    for number in itertools.count():
+        command = [sys.executable, "-c", KILLED_AT, str(guest.image), str(SMALL), str(number)]
+        code = subprocess.run(command, check=False).returncode
+        image, filesystem = _sizes(guest)
+        assert image in {SMALL, LARGE}
+        assert filesystem == SMALL
+        if not code:
+            break
+        assert code == -signal.SIGKILL
+        limited.append(bool(int(run("losetup", "-n", "-O", "SIZELIMIT", guest.device))))
+        cut.append(image == SMALL)
+        asyncio.run(LoopImage(str(guest.image)).recover(cutting=True))
+        _sound(guest, content)
+        asyncio.run(LoopImage(str(guest.image)).grow(LARGE))
+    assert {(False, False), (True, False), (True, True), (False, True)} == set(zip(limited, cut, strict=True))
+    assert len(cut) >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_guest_that_grows_between_any_two_calls_to_the_kernel_loses_nothing(guest: Guest) -> None:
+    outcomes = []
+    for number in itertools.count():
+        grew = False
+
+        def before(call: int, wanted: int = number) -> None:
+            nonlocal grew
+            if call == wanted:
+                grew = _grew(guest)
+
+        said = ""
+        with pytest.MonkeyPatch.context() as patch:
+            calls = _Calls(patch, before)
+            try:
+                asyncio.run(LoopImage(str(guest.image)).shrink(SMALL))
+            except WouldCut as error:
+                said = error.message
+        image, filesystem = _sizes(guest)
+        assert image >= filesystem, number
+        assert bool(said) == grew, "a filesystem that grew is never cut"
+        assert ("was not cut" in said) == grew
+        outcomes.append(grew)
+        _sound(guest, hashes(guest.mountpoint))
+        if calls.count <= number:
+            break
+        for path in guest.mountpoint.glob("grown-*"):
+            path.unlink()
+        run("btrfs", "filesystem", "sync", guest.mountpoint)
+        run("btrfs", "filesystem", "resize", str(SMALL), guest.mountpoint)
+        run("btrfs", "filesystem", "sync", guest.mountpoint)
+        asyncio.run(LoopImage(str(guest.image)).grow(LARGE))
+    assert outcomes[0], "before the limit it grows"
+    assert not any(outcomes[2:]), "and never behind it"
+
+
+def _cut(work: LoopImage) -> str:
+    try:
+        asyncio.run(work.shrink(SMALL))
+    except WouldCut as error:
+        return error.message
+    return "cut"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_guest_that_grows_all_the_while_loses_nothing(guest: Guest) -> None:
+    """Its resize races with the limit: what had passed the kernel's check before is seen before the cut."""
+    outcomes = []
+    for _ in range(ROUNDS):
+        stop = threading.Event()
+
+        def grows(stop: threading.Event = stop) -> None:
+            while not stop.is_set():
+                with contextlib.suppress(RuntimeError):
+                    run("btrfs", "filesystem", "resize", "max", guest.mountpoint)
+
+        thread = threading.Thread(target=grows)
+        work = LoopImage(str(guest.image))
+        thread.start()
+        try:
+            outcomes.append(_cut(work))
+        finally:
+            stop.set()
+            thread.join()
+        image, filesystem = _sizes(guest)
+        assert image >= filesystem
+        _sound(guest, hashes(guest.mountpoint))
+        run("btrfs", "filesystem", "resize", str(SMALL), guest.mountpoint)
+        run("btrfs", "filesystem", "sync", guest.mountpoint)
+        asyncio.run(work.grow(LARGE))
+    assert "cut" in outcomes, outcomes
+    assert any("keeps its" in outcome for outcome in outcomes), outcomes
+    assert not any("reads as zeros" in outcome for outcome in outcomes), outcomes
 
 
 @pytest.mark.parametrize("gap", ["held", "cut"])

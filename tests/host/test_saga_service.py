@@ -52,7 +52,9 @@ async def running(directory: Path) -> AsyncIterator[Bench]:
         (PoolConfig("p", str(directory)), PoolConfig("q", str(directory))),
         (
             GuestConfig("a", UnixAddress(f"{directory}/a.sock"), str(image), "p", weight=2.0),
-            GuestConfig("z", UnixAddress(f"{directory}/z.sock"), f"{directory}/z.img", "q", pid_file=f"{directory}/none"),
+            GuestConfig(
+                "z", UnixAddress(f"{directory}/z.sock"), f"{directory}/z.img", "q", pid_file=f"{directory}/none"
+            ),
         ),
         (UnixAddress(str(socket)), TcpAddress("127.0.0.1", 0)),
         resize=Resizing(state_dir=f"{directory}/state"),
