@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -19,8 +20,10 @@ from lab.loop import Guest, memory, run, workspace
 from storaged.host import loop, superblock
 from storaged.host.images import ImageError, WouldCut
 from storaged.host.loop import LoopImage
+from storaged.host.saga_model import Outcome, Stage
 from storaged.units import GIB, MIB
 from tests.btrfs.support import hashes
+from tests.host.test_cut_machines import CUTTING, taken_up
 
 pytestmark = pytest.mark.btrfs
 SMALL, LARGE = 512 * MIB, GIB
@@ -303,6 +306,16 @@ def test_killed_in_a_gap_nothing_else_is_held_up(guest: Guest, gap: str, work: s
             asyncio.run(backend.recover(cutting=True))
         case "grow":
             assert asyncio.run(backend.grow(2 * LARGE)) == 2 * LARGE
+    _sound(guest, content)
+
+
+@pytest.mark.parametrize("gap", ["held", "confirmed"])
+@pytest.mark.parametrize("journal", [True, False])
+def test_killed_in_a_gap_the_next_daemon_removes_the_limit(guest: Guest, gap: str, journal: bool) -> None:
+    content = hashes(guest.mountpoint)
+    _killed(guest, gap)
+    ended = replace(CUTTING, stage=Stage.ENDED, outcome=Outcome.FAILED)
+    asyncio.run(taken_up(guest.image.parent, LoopImage(str(guest.image)), ended if journal else None))
     _sound(guest, content)
 
 

@@ -286,17 +286,18 @@ async def test_a_crosvm_that_cannot_be_suspended_is_not_cut(tmp_path: Path, imag
 # --- the next daemon ------------------------------------------------------------------------------------------
 
 
-async def _taken_up(directory: Path, backend: ImageBackend, saga: Saga) -> Resizes:
-    """What a daemon does at its start with a journal that says this."""
+async def taken_up(directory: Path, backend: ImageBackend, saga: Saga | None) -> Resizes:
+    """What a daemon does at its start with a journal that says this; None: with none."""
     settings = Resizing(state_dir=str(directory / "state"))
-    Journal(f"{settings.state_dir}/resizes-p.json").save([saga])
+    if saga is not None:
+        Journal(f"{settings.state_dir}/resizes-p.json").save([saga])
     world = World(
         lambda _: (str(directory / "g.img"), backend), lambda _: None, lambda *_: None, lambda: None, lambda: 0
     )
     resizes = Resizes("p", settings, world)
-    task = asyncio.create_task(resizes.run())
+    task = asyncio.create_task(resizes.run(["g"]))
     ends = time.monotonic() + 20
-    while saga.active and any(each.active for each in resizes.snapshot or (saga,)):
+    while saga is not None and saga.active and any(each.active for each in resizes.snapshot or (saga,)):
         assert time.monotonic() < ends
         await asyncio.sleep(0.02)
     await asyncio.sleep(0.5)
@@ -310,18 +311,21 @@ CUTTING = Saga("g-1", "g", SMALL, 1.0, LARGE, LARGE, Direction.SHRINK, Stage.IMA
 
 async def test_the_next_daemon_resumes_crosvm_and_cuts(tmp_path: Path, image: Path, crosvm: Crosvm) -> None:
     crosvm.suspended = True
-    resizes = await _taken_up(tmp_path, CrosvmImage(str(image), f"{tmp_path}/crosvm.sock", 0), CUTTING)
+    resizes = await taken_up(tmp_path, CrosvmImage(str(image), f"{tmp_path}/crosvm.sock", 0), CUTTING)
     assert resizes.snapshot[0].outcome is Outcome.DONE
     assert crosvm.said[0] == "ResumeVcpus"
     assert not crosvm.suspended
 
 
 @needs_qemu
-async def test_the_next_daemon_resumes_a_machine_though_its_resize_has_ended(tmp_path: Path, qemu: Qemu) -> None:
+@pytest.mark.parametrize("journal", [True, False])
+async def test_the_next_daemon_resumes_a_machine_whatever_its_journal_says(
+    tmp_path: Path, qemu: Qemu, journal: bool
+) -> None:
     command = [sys.executable, "-c", KILLED, str(qemu.image), str(qemu.socket), str(SMALL), "read"]
     process = await asyncio.create_subprocess_exec(*command)
     assert await process.wait() == -signal.SIGKILL
     assert await qemu.state() == "paused"
     ended = replace(CUTTING, stage=Stage.ENDED, outcome=Outcome.FAILED)
-    await _taken_up(tmp_path, qemu.backend(), ended)
+    await taken_up(tmp_path, qemu.backend(), ended if journal else None)
     assert await qemu.state() == "running"
