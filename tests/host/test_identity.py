@@ -203,6 +203,18 @@ async def test_a_discovered_guest_is_refused_once_and_others_are_served(
         await server.stop(None)
 
 
+async def test_a_discovered_guest_cannot_have_the_name_of_a_configured_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    configured = _guest("10.0.0.5", _image(tmp_path / "a.img"))
+    _image(tmp_path / "10.0.0.5.img")
+    discovery = Discovery("vsock:3:8888", f"{tmp_path}/{{host}}.img", "p")
+    host = Host(HostConfig((PoolConfig("p", str(tmp_path)),), (configured,), discovery=discovery))
+    assert not host._ready("ipv4:10.0.0.5")
+    assert "guest at ipv4:10.0.0.5 refused: guest.10.0.0.5 is configured" in caplog.text
+    assert host._ready("ipv4:10.0.0.6") is False, "there is no image"
+
+
 @pytest.mark.btrfs
 def test_a_file_with_the_inode_of_a_deleted_one_is_another() -> None:
     with workspace() as directory:
