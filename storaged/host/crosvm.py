@@ -18,15 +18,13 @@ import socket
 from collections.abc import AsyncIterator
 
 from storaged.errors import Kind
-from storaged.host.images import SETTLE_S, WITHIN_S, Between, ImageError, RawImage, nothing, undone, within
+from storaged.host.images import WITHIN_S, Between, ImageError, RawImage, nothing, undone, within
 
 _LONGEST = 65536
 
 
 class CrosvmImage(RawImage):
     """The disk number `index`, counted as on crosvm's command line."""
-
-    settle_s = SETTLE_S
 
     def __init__(self, path: str, control: str, index: int, between: Between = nothing) -> None:
         super().__init__(path, between)

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 WITHIN_S = 10.0
 """A machine's monitor that does not answer for this long is taken for hung."""
 SETTLE_S = 0.5
-"""A commit that was under way when a machine was stopped has this long to end before the last check."""
+"""A commit that was under way when a guest was kept from growing has this long to end: before the check that precedes
+the cut where the guest runs on, before the last one where its machine was stopped."""
 
 Between = Callable[[str], Awaitable[None]]
 """Called between two steps of a cut with the name of the one that has ended: for tests."""
@@ -84,8 +85,10 @@ async def nothing(step: str) -> None:
 class RawImage:
     """What all backends share: the file itself, and the order of every cut. `_set` does it, `_held` makes it safe."""
 
-    settle_s = 0.0
-    """Seconds from the end of a cut to the last check, where flushing does not have the guest commit."""
+    linger_s = 0.0
+    """Seconds between keeping the guest from growing and the check before the cut, where the guest runs on."""
+    settle_s = SETTLE_S
+    """Seconds from the end of a cut to the last check."""
 
     def __init__(self, path: str, between: Between = nothing) -> None:
         self.path = path
@@ -139,6 +142,7 @@ class RawImage:
 
     async def _cut(self, size: int, had: int) -> None:
         """With the guest kept from growing: flush, check, cut, check."""
+        await asyncio.sleep(self.linger_s)
         await self._flush()
         await self._step("flushed")
         filesystem = await self.filesystem_size()

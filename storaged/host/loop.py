@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from storaged.errors import Kind
-from storaged.host.images import ImageError, RawImage, undone
+from storaged.host.images import SETTLE_S, ImageError, RawImage, undone
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,8 @@ def _encoded(device: int) -> int:
 
 class LoopImage(RawImage):
     """The file is made longer or shorter, then every loop device in front of it looks anew."""
+
+    linger_s = SETTLE_S
 
     async def check(self) -> None:
         await self.recover(cutting=False)

@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from storaged.errors import Kind
-from storaged.host.images import SETTLE_S, Between, ImageError, RawImage, nothing, undone, within
+from storaged.host.images import Between, ImageError, RawImage, nothing, undone, within
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,8 +33,6 @@ _RESUMING: set[asyncio.Task[None]] = set()
 
 class QmpImage(RawImage):
     """The disk `disk` (a node-name, a qdev id or a drive's name; empty: the one that holds the image)."""
-
-    settle_s = SETTLE_S
 
     def __init__(self, path: str, socket: str, disk: str, between: Between = nothing) -> None:
         super().__init__(path, between)

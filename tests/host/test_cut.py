@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -265,8 +266,9 @@ def _cut(work: LoopImage) -> str:
 @pytest.mark.timeout(400)
 def test_a_guest_that_grows_all_the_while_loses_nothing(guest: Guest) -> None:
     """Its resize races with the limit: what had passed the kernel's check before is seen before the cut."""
-    outcomes = []
-    for _ in range(ROUNDS):
+    outcomes: list[str] = []
+    work = LoopImage(str(guest.image))
+    while len(outcomes) < ROUNDS or (len(outcomes) < 4 * ROUNDS and not any("keeps its" in each for each in outcomes)):
         stop = threading.Event()
 
         def grows(stop: threading.Event = stop) -> None:
@@ -275,9 +277,9 @@ def test_a_guest_that_grows_all_the_while_loses_nothing(guest: Guest) -> None:
                     run("btrfs", "filesystem", "resize", "max", guest.mountpoint)
 
         thread = threading.Thread(target=grows)
-        work = LoopImage(str(guest.image))
         thread.start()
         try:
+            time.sleep(len(outcomes) % 20 / 1000)  # one of these meets the limit
             outcomes.append(_cut(work))
         finally:
             stop.set()
@@ -288,6 +290,7 @@ def test_a_guest_that_grows_all_the_while_loses_nothing(guest: Guest) -> None:
         run("btrfs", "filesystem", "resize", str(SMALL), guest.mountpoint)
         run("btrfs", "filesystem", "sync", guest.mountpoint)
         asyncio.run(work.grow(LARGE))
+    print(*(f"{outcomes.count(each)}: {each}" for each in sorted(set(outcomes))), sep="\n")  # noqa: T201  # with -rP
     assert "cut" in outcomes, outcomes
     assert any("keeps its" in outcome for outcome in outcomes), outcomes
     assert not any("reads as zeros" in outcome for outcome in outcomes), outcomes
