@@ -151,7 +151,7 @@ def pool(found: pb.Pool) -> list[Row]:
     level, tone = LEVEL.get(found.level, ("?", ""))
     rows = [Row("Pool", f"{found.name}, {found.path}, {found.guest_count} guests"), Row("Pressure", level, tone)]
     if found.unreadable_reason:
-        rows.append(Row("", f"cannot be read: {found.unreadable_reason}; guests keep what they have", "bad"))
+        rows.append(Row("", f"cannot be used: {found.unreadable_reason}", "bad"))
     if found.HasField("free_bytes"):
         total = f" of {format_size(found.total_bytes)}" if found.HasField("total_bytes") else ""
         age = f", seen {format_duration(found.age_s)} ago" if found.HasField("age_s") else ""

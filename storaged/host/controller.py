@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from storaged.errors import Kind, StoragedError
 from storaged.host import events as ev
 from storaged.host import members
+from storaged.host.condition import Conditions
 from storaged.host.config import GuestConfig, PoolConfig
 from storaged.host.guest_work import Agent
 from storaged.host.images import ImageBackend, make_backend
@@ -36,7 +37,8 @@ GLANCE_S = 0.02
 """A glance costs some microseconds. It has a thread of its own, which wakes the loop only when there is news."""
 GATHER_S = 0.005
 """Answers are waited for this long, so that many of them are one step."""
-MACHINES_S = 1.0
+MACHINES_S = 0.5
+"""Seconds between two looks at whose machine runs: an end is noticed within a second."""
 WAKE_S = 0.05
 """When the next thing is due is looked up this often at most: it takes a walk over all guests."""
 
@@ -65,7 +67,8 @@ class Controller:
         self._poll_at = self._wake_at = self._machines_at = self._rest_until = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"pool-{pool.name}")
         self.unread = ""
-        """Why the pool cannot be read; empty when it can."""
+        """Why the pool cannot be read, or is not to be used; empty when it can."""
+        self.conditions = Conditions(pool.path)
         world = World(self._image, self._agent, self._sized, self._changed, self._room, self._claim, self._short)
         self._resizes = Resizes(pool.name, resizing or Resizing(), world)
         around = members.World(self.tell, self._changed, self._resizes.size_of, lambda: self.state.pool.pressure.level)
@@ -125,6 +128,8 @@ class Controller:
         member = self.members.get(name)
         if member is None:
             raise StoragedError(f"no guest is called {name!r}", Kind.NOT_FOUND)
+        if reason := self.conditions.now.reason(name):
+            raise StoragedError(reason, Kind.PRECONDITION)
         config = member.config
         return config.image, make_backend(config.control, config.image, config.disk)
 
@@ -172,7 +177,7 @@ class Controller:
     async def run(self) -> None:
         """Until cancelled. Guests keep what they were granted last. Raises StoragedError when it cannot begin."""
         async with asyncio.TaskGroup() as group:
-            resizes = group.create_task(self._resizes.run(), name=f"resizes {self.pool.name}")
+            resizes = group.create_task(self._resizes.run(tuple(self.members)), name=f"resizes {self.pool.name}")
             try:
                 await self._share()
             finally:
@@ -259,7 +264,7 @@ class Controller:
     async def _look(self) -> None:
         loop, begun = asyncio.get_running_loop(), time.monotonic()
         try:
-            sampled = await loop.run_in_executor(self._thread, self._watcher.take, self._members.images())
+            sampled = await loop.run_in_executor(self._thread, self._take, self._members.images())
         except PoolError as error:
             # Nothing is known, so nothing is told: guests keep what they have.
             if not self.unread:
@@ -268,22 +273,34 @@ class Controller:
             self._poll_at = time.monotonic() + self.state.settings.poll_most_s
             self._news.set()
             return
-        if self.unread:
+        if self.unread and not self.conditions.now.pool:
             log.info("pool %s can be read again", self.pool.name)
-        self.unread = ""
-        self._step(sampled)
+        self.unread = self.conditions.now.pool
+        if sampled is not None:
+            self._step(sampled)
         # With very many guests a look takes its time: never more than a fifth of all, unless it is urgent.
         ended = time.monotonic()
         self._rest_until = ended + 4 * (ended - begun)
         self._news.set()
+
+    def _take(self, images: dict[str, str]) -> ev.PoolSampled | None:
+        """In the pool's thread: a look. On a pool that is not to be used nothing is free, whatever it says."""
+        wrong = self.conditions.look(images)
+        if not wrong.pool:
+            sampled = self._watcher.take({name: path for name, path in images.items() if name not in wrong.guests})
+            if self.conditions.stands():
+                return sampled
+            wrong = self.conditions.look(images)
+        # Without images, so that what is gone is not taken for written by others.
+        return ev.PoolSampled(0, time.monotonic(), {}) if images else None
 
     def _glances(self, loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
         """A thread: brings the next look forward when free crossed a threshold, or fell by an eighth of the reserve."""
         seen_at: float | None = None
         while not stop.wait(GLANCE_S):
             pool, settings = self.state.pool, self.state.settings
-            if pool.at == seen_at:
-                continue  # no look yet, or it was called for already
+            if pool.at == seen_at or self.conditions.now.pool:
+                continue  # no look yet, or it was called for already; or nothing that it says counts
             try:
                 free = self._watcher.glance()
             except PoolError:

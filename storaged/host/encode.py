@@ -91,6 +91,7 @@ def pool(controller: Controller, total: int | None, points: Sequence[Point]) -> 
 def guest(member: Member, controller: Controller, now: float, logical: int | None) -> pb.Guest:
     """A guest, with what it last reported; `logical`: its image's length, as seen lately."""
     config, believed = member.config, controller.state.guests.get(member.config.name)
+    wrong = controller.conditions.now.reason(config.name)
     away = "" if member.client is not None else member.unmet or "it does not run"
     answer = pb.Guest(
         name=config.name,
@@ -100,8 +101,8 @@ def guest(member: Member, controller: Controller, now: float, logical: int | Non
         image=config.image,
         logical_bytes=logical or (believed.size if believed is not None else 0),
         weight=config.weight,
-        resizable=not away,
-        not_resizable_reason=away,
+        resizable=not (away or wrong),
+        not_resizable_reason=away or wrong,
         stale_reason=away,
     )
     if believed is not None:

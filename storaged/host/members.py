@@ -121,6 +121,7 @@ class Members:
         """End all calls."""
         for member in self.by_name.values():
             _cancel(member)
+            member.machine.close()
             if member.client is not None:
                 await member.client.close()
 
@@ -147,6 +148,7 @@ class Members:
             return  # no image: not prepared yet; `look` asks again
         member.running = True
         size = max(config.size, logical(config.image), image, self._world.size_of(config.name))
+        log.info("%s: its machine runs (%s)", config.name, member.machine.reason)
         self._world.tell(ev.GuestJoined(config.name, size, image, time.monotonic(), config.weight))
         self._meet(member)
 
@@ -167,6 +169,7 @@ class Members:
 
     def _left(self, member: Member) -> None:
         """Forget what belongs to a machine that has ended, without waiting for it."""
+        log.info("%s: its machine has ended (%s)", member.config.name, member.machine.reason)
         member.running, member.unmet = False, ""
         _cancel(member)
         if member.client is not None:

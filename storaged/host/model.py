@@ -144,7 +144,7 @@ def charge(guest: Guest, settings: Sharing) -> int:
     # not answer is set aside what it is seen to write.
     likely = ahead if guest.mute else ahead + 2 * settings.base
     flight = guest.lease.flight
-    likely = max(likely + (flight.size if flight else 0), guest.lease.ceiling - image)
+    likely += max(flight.size if flight else 0, guest.lease.ceiling - image)
     return min(max(guest.size - image, 0), likely) + extra
 
 

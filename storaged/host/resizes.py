@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from storaged.errors import InvalidRequest, Kind, StoragedError
@@ -105,9 +105,13 @@ class Resizes:
             (job.saga.to for job in self._jobs.values() if job.saga.active and job.saga.guest == guest), default=0
         )
 
-    async def run(self) -> None:
-        """Until cancelled; what is under way then is taken up at the next start. Raises StoragedError."""
+    async def run(self, guests: Collection[str] = ()) -> None:
+        """Until cancelled; what is under way then is taken up at the next start. Raises StoragedError.
+
+        `guests`: all of the pool's, so that what a killed cut left is undone also where the journal is lost.
+        """
         self.load()
+        await self._recover(guests)
         for job in self._jobs.values():
             saga = job.saga
             if saga.active:
@@ -126,6 +130,20 @@ class Resizes:
             await asyncio.gather(*tasks, return_exceptions=True)
             async with self._saving:
                 pass  # the last page is written
+
+    async def _recover(self, guests: Collection[str]) -> None:
+        """Undo what a process that was killed in a cut left behind."""
+        cutting = {job.saga.guest for job in self._jobs.values() if job.saga.active and sagas.cuts(job.saga)}
+
+        async def of(guest: str) -> None:
+            try:
+                _, backend = self._world.image(guest)
+                await backend.recover(cutting=guest in cutting)
+            except StoragedError as error:
+                # Its machine may have ended; a resize that goes on tries again.
+                log.log(logging.WARNING if guest in cutting else logging.DEBUG, "%s: %s", guest, error.message)
+
+        await asyncio.gather(*(of(guest) for guest in {*guests, *(job.saga.guest for job in self._jobs.values())}))
 
     async def begin(self, guest: str, size: int) -> Saga:
         """Start one; it is written down when this returns. Raises StoragedError with what is wrong."""

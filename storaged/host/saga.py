@@ -100,6 +100,11 @@ def begun(saga: Saga) -> Result:
     return saga, (Save(), WORK[saga.direction, saga.stage](saga))
 
 
+def cuts(saga: Saga) -> bool:
+    """True in a stage whose work cuts the image."""
+    return isinstance(WORK.get((saga.direction, saga.stage), lambda _: None)(saga), CutImage)
+
+
 # --- what the rest is made of ---------------------------------------------------------------------------------
 
 

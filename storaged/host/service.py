@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 
 from storaged.addresses import HYBRID, Address, UnixAddress
 from storaged.errors import ConfigError
+from storaged.host import identity
 from storaged.host.api import HostApi
 from storaged.host.config import GuestConfig, HostConfig, PoolConfig
 from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
 from storaged.host.listener import Listener
-from storaged.host.watch import FilesystemSource, Source, ThinSource, Watcher, allocated
+from storaged.host.lock import locked
+from storaged.host.watch import FilesystemSource, Source, ThinSource, Watcher
 from storaged.rpc.private import sweep
 
 if TYPE_CHECKING:
     from storaged.host.console.server import Console
 
 log = logging.getLogger(__name__)
+
+MOST_REFUSED = 1024
+"""Callers whose refusal is logged once; those beyond are logged each time."""
 
 
 def source(pool: PoolConfig) -> Source:
@@ -53,6 +58,8 @@ class Host:
             for guest in config.guests
             if guest.peer and guest.pool == controller.pool.name
         }
+        self._refused: dict[str, str] = {}
+        """By whence it called: why a guest that announced itself is not served, as it was logged."""
         self._api = HostApi(self.controllers)
         hybrid = [peer.removeprefix(HYBRID) for peer in self._by_peer if peer.startswith(HYBRID)]
         self._listener = Listener(self._ready, config.tls, self._api.add_to, hybrid)
@@ -87,9 +94,19 @@ class Host:
         """A guest that nobody configured, when that is allowed and its image is where it should be."""
         discovery = self._config.discovery
         guest = discovery.guest(peer) if discovery is not None else None
-        if guest is None or allocated(guest.image) is None:
+        if guest is None:
             return None
         controller = next(each for each in self.controllers if each.pool.name == guest.pool)
+        others = [member.config for each in self.controllers for member in each.members.values()]
+        named = any(other.name == guest.name for other in others)
+        reason = f"guest.{guest.name} is configured" if named else identity.why_not(guest, controller.pool, others)
+        if reason:
+            if self._refused.get(peer) != reason:
+                log.warning("guest at %s refused: %s", peer, reason)
+            if len(self._refused) < MOST_REFUSED:
+                self._refused[peer] = reason
+            return None
+        self._refused.pop(peer, None)
         log.info("%s is a new guest", guest.name)
         controller.add(guest)
         self._by_peer[peer] = controller, guest.name
@@ -99,6 +116,7 @@ class Host:
         """Until cancelled. Raises StoragedError when it cannot begin."""
         for controller in self.controllers:
             controller.check()
+        identity.check(self._config.pools, self._config.guests)
         exporter = None
         if self._config.metrics:
             # Loaded where it is wanted.
@@ -139,7 +157,12 @@ def tune() -> None:
 
 
 async def serve(config: HostConfig) -> None:
-    """Run until SIGTERM or SIGINT."""
+    """Run until SIGTERM or SIGINT. Raises StoragedError when it cannot begin."""
+    with locked(config.resize.state_dir):
+        await _serve(config)
+
+
+async def _serve(config: HostConfig) -> None:
     tune()
     sweep()
     host = asyncio.create_task(Host(config).run())

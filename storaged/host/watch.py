@@ -6,18 +6,17 @@ One look costs microseconds per image: statvfs and stat read what the kernel has
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from storaged.errors import Kind, StoragedError
+from storaged.host import devicemapper
 from storaged.host.events import PoolSampled
 
 BLOCK = 512
 """The unit of st_blocks (stat(2)) and of device-mapper's sectors, whatever the filesystem's block size."""
-TOOL_WITHIN_S = 5.0
 METADATA_KEPT = 4096
 """Blocks of 4 KiB at most, and a tenth at most, of a thin pool's metadata are not for mappings."""
 MAPPED_BY_A_BLOCK = 64
@@ -111,28 +110,16 @@ class ThinSource:
         self._block = 0  # as long as there is a pool by this name it stays what it is
 
     def free(self) -> int:
-        self._block = self._block or thin_pool_block(self._dmsetup("table"))
-        # --noflush: a status must not wait for a commit of the pool.
-        pool = thin_pool_free(self._dmsetup("status", "--noflush"), self._block)
+        try:
+            self._block = self._block or thin_pool_block(devicemapper.table(self.pool))
+            pool = thin_pool_free(devicemapper.status(self.pool), self._block)
+        except devicemapper.DeviceMapperError as error:
+            self._block = 0  # what comes by this name may be another
+            raise PoolError(error.message) from error
         return min(self.filesystem.free(), pool)
 
     def total(self) -> int:
         return self.filesystem.total()
-
-    def _dmsetup(self, *command: str) -> str:
-        try:
-            done = subprocess.run(
-                ["dmsetup", *command, "--", self.pool],
-                capture_output=True, text=True, check=True, timeout=TOOL_WITHIN_S,
-            )  # fmt: skip
-        except FileNotFoundError as error:
-            raise PoolError("dmsetup is not installed") from error
-        except subprocess.TimeoutExpired as error:
-            raise PoolError(f"dmsetup {command[0]} {self.pool} does not answer") from error
-        except subprocess.CalledProcessError as error:
-            self._block = 0  # what comes by this name may be another
-            raise PoolError(f"dmsetup {command[0]} {self.pool}: {error.stderr.strip()}") from error
-        return done.stdout
 
 
 def allocated(image: str) -> int | None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from storaged.host import __main__, guests, journal, loop
+from storaged.host import __main__, guests, images, journal, loop
 
 _left = int(os.environ["DIES_AT"])
 
@@ -40,11 +40,12 @@ def _around(owner: Any, name: str) -> None:
         _step(f"after {name}")
         return answer
 
-    setattr(owner, name, stepping_async if name == "resize" else stepping)
+    setattr(owner, name, stepping_async if name in {"resize", "_step"} else stepping)
 
 
 _around(journal.Journal, "save")
 _around(loop.LoopImage, "_resize")
+_around(images.RawImage, "_step")
 _around(guests.GuestClient, "resize")
 # Between the new length of the file and what the loop device shows of it.
 _around(os, "truncate")

@@ -29,6 +29,8 @@ def pool(tmp_path: Path) -> Path:
         with (tmp_path / f"{name}.img").open("wb") as file:
             file.truncate(20 * GIB)
     (tmp_path / "host.toml").write_text(f"""
+[resize]
+state_dir = "{tmp_path}/state"
 [pool.p]
 path = "{tmp_path}"
 [sharing]
@@ -106,7 +108,7 @@ DISCOVERY = "[pool.p]\npath = '/tmp'\n[discovery]\naddress = 'tcp:{host}:8888'\n
     ],
 )
 def test_what_cannot_be_is_said_at_once(tmp_path: Path, text: str, code: int, says: str) -> None:
-    (tmp_path / "host.toml").write_text(text)
+    (tmp_path / "host.toml").write_text(f"{text}\n[resize]\nstate_dir = '{tmp_path}/state'\n")
     done = subprocess.run(
         [*COMMAND, str(tmp_path / "host.toml")], capture_output=True, text=True, timeout=20, check=False
     )

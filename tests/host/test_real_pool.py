@@ -24,7 +24,8 @@ RESERVE = 512 * MIB
 def test_a_guest_that_writes_all_it_can_leaves_the_reserve_alone(pool: Path) -> None:
     guests = {name: Guest(pool / name, 4 * GIB) for name in ("a", "b")}
     try:
-        lines = [f'[pool.p]\npath = "{pool}"\n[sharing]\nreserve_least = "{RESERVE}"\nbase = "128MiB"\n']
+        lines = [f'[resize]\nstate_dir = "{pool.parent}/host-state"\n']
+        lines += [f'[pool.p]\npath = "{pool}"\n[sharing]\nreserve_least = "{RESERVE}"\nbase = "128MiB"\n']
         for name, guest in guests.items():
             lines.append(f'[guest.{name}]\naddress = "unix:{pool}/{name}/storaged.sock"\nimage = "{guest.image}"\n')
         config = pool / "host.toml"

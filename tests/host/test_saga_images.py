@@ -213,6 +213,7 @@ class Crosvm:
         self._disks = disks
         self.said: list[object] = []
         self.garbles: bytes | None = None
+        self.suspends, self.suspended = True, False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(str(path))
         self._socket.listen()
@@ -230,10 +231,12 @@ class Crosvm:
                 self.said.append(request)
                 peer.send(self.garbles if self.garbles is not None else json.dumps(self._answer(request)).encode())
 
-    def _answer(self, request: dict[str, dict[str, object]]) -> object:
-        command = request["DiskCommand"]
-        match command:
-            case {"disk_index": int(index), "command": {"Resize": {"new_size": int(size)}}} if len(command) == 2:
+    def _answer(self, request: object) -> object:
+        match request:
+            case "SuspendVcpus" | "ResumeVcpus" if self.suspends:
+                self.suspended = request == "SuspendVcpus"
+                return "Ok"
+            case {"DiskCommand": {"disk_index": int(index), "command": {"Resize": {"new_size": int(size)}}}}:
                 if index >= len(self._disks):
                     return {"Err": 19}
                 os.truncate(self._disks[index], size)

@@ -43,15 +43,18 @@ class Bench:
 @contextlib.asynccontextmanager
 async def running(directory: Path) -> AsyncIterator[Bench]:
     image = directory / "a.img"
-    image.touch()
-    os.truncate(image, 20 * GIB)
+    for each in (image, directory / "z.img"):
+        each.touch()
+        os.truncate(each, 20 * GIB)
     server = await serve(agent(), directory / "a.sock")
     socket = directory / "host.sock"
     config = HostConfig(
         (PoolConfig("p", str(directory)), PoolConfig("q", str(directory))),
         (
             GuestConfig("a", UnixAddress(f"{directory}/a.sock"), str(image), "p", weight=2.0),
-            GuestConfig("z", UnixAddress(f"{directory}/z.sock"), f"{directory}/none.img", "q"),
+            GuestConfig(
+                "z", UnixAddress(f"{directory}/z.sock"), f"{directory}/z.img", "q", pid_file=f"{directory}/none"
+            ),
         ),
         (UnixAddress(str(socket)), TcpAddress("127.0.0.1", 0)),
         resize=Resizing(state_dir=f"{directory}/state"),

@@ -172,7 +172,7 @@ class World:
         self.tell(ev.ClaimSet(name, size, self.now))
         self.calm(4)
         moved = 0
-        if established(self.state):
+        if established(self.state) and not self.state.guests[name].claim_lacks:
             moved = min(size, vm.size - vm.image - vm.reach)
             if moved > self.free:
                 raise HostFull(f"{name} moves {moved}, the disk has {self.free}")

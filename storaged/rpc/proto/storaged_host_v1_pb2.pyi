@@ -434,7 +434,7 @@ class Pool(_message.Message):
     age_s: _builtins.float
     """Age of the newest look."""
     unreadable_reason: _builtins.str
-    """Why it cannot be read; empty when it can."""
+    """Why it cannot be read, or is not to be used; empty when it can be."""
     guest_count: _builtins.int
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___PressurePoint]:

@@ -35,7 +35,7 @@ export class PoolCard {
     const problem = this.find(".problem");
     problem.hidden = !pool.unreadable;
     problem.textContent = pool.unreadable
-      ? `The pool cannot be read: ${pool.unreadable}. Guests keep what they have until it can. Numbers from ${pool.seen_at ? clock(pool.seen_at) : "before"}.`
+      ? `The pool cannot be used: ${pool.unreadable}. Numbers from ${pool.seen_at ? clock(pool.seen_at) : "before"}.`
       : "";
     for (const cell of this.element.querySelectorAll("[data-field]")) cell.textContent = size(pool[cell.dataset.field]);
     this.find(".promise").textContent = promise(pool);
