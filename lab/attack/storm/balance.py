@@ -1,0 +1,80 @@
+"""The one case in which the kernel may force the filesystem read-only (docs/promise.md), and how it is told apart.
+
+A balance by hand makes the only metadata that has room read-only while nothing is unallocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from storaged.btrfs.filesystem import BtrfsFilesystem
+from storaged.core.model import MOST_SUPERBLOCKS, Space
+from storaged.units import MIB
+
+WITH_METADATA = ("full-balance",)
+"""The storm's commands that relocate metadata."""
+LOOK_EVERY_S = 0.002
+NOTHING = MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look at the filesystem showed while a command ran."""
+
+    read_only: bool
+    unallocated: int
+    metadata_readonly: int
+
+    @property
+    def starved(self) -> bool:
+        """True while metadata is being relocated and has no room to grow."""
+        return self.metadata_readonly > MOST_SUPERBLOCKS and self.unallocated < NOTHING
+
+
+def looked(space: Space) -> Look:
+    """The part of `space` that matters here."""
+    return Look(space.read_only, space.unallocated, space.metadata_readonly)
+
+
+def forced_read_only(command: str, looks: Sequence[Look]) -> bool:
+    """True when `looks` during `command` show the named case, and nothing wider.
+
+    It was writable when the command began; it became read-only while the command ran; and the last look before that,
+    or the first after it, shows starved metadata.
+    """
+    if command not in WITH_METADATA or not looks or looks[0].read_only:
+        return False
+    first = next((index for index, look in enumerate(looks) if look.read_only), None)
+    return first is not None and any(look.starved for look in looks[first - 1 : first + 1])
+
+
+@contextlib.contextmanager
+def watched(mountpoint: str) -> Iterator[list[Look]]:
+    """What is seen while the block runs: each look that differs from the last one."""
+    looks: list[Look] = []
+    over = threading.Event()
+    filesystem = BtrfsFilesystem(mountpoint)
+
+    def watch() -> None:
+        while True:
+            last = over.is_set()
+            with contextlib.suppress(OSError):
+                now = looked(filesystem.space())
+                if not looks or looks[-1] != now:
+                    looks.append(now)
+            if last:
+                return
+            time.sleep(LOOK_EVERY_S)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield looks
+    finally:
+        over.set()
+        thread.join()
+        filesystem.close()
