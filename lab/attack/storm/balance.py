@@ -19,6 +19,8 @@ WITH_METADATA = ("full-balance",)
 """The storm's commands that relocate metadata."""
 LOOK_EVERY_S = 0.002
 NOTHING = MIB
+LITTLE = 16 * MIB
+"""Metadata that fits before a new chunk is needed: where more does, the balance is not what starves it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +30,19 @@ class Look:
     read_only: bool
     unallocated: int
     metadata_readonly: int
+    metadata_free: int = 0
 
     @property
     def starved(self) -> bool:
         """True while metadata is being relocated and has no room to grow."""
-        return self.metadata_readonly > MOST_SUPERBLOCKS and self.unallocated < NOTHING
+        relocated = self.metadata_readonly > MOST_SUPERBLOCKS
+        return relocated and self.metadata_free < LITTLE and self.unallocated < NOTHING
 
 
 def looked(space: Space) -> Look:
     """The part of `space` that matters here."""
-    return Look(space.read_only, space.unallocated, space.metadata_readonly)
+    free = max(space.metadata_total - space.metadata_used, 0)
+    return Look(space.read_only, space.unallocated, 0 if space.mixed else space.metadata_readonly, free)
 
 
 def forced_read_only(command: str, looks: Sequence[Look]) -> bool:
