@@ -187,12 +187,13 @@ class Storm:
     def _command(self, dice: random.Random) -> None:
         while not self._over.wait(dice.uniform(*COMMAND_EVERY_S)):
             name = dice.choice(sorted(COMMANDS))
-            with self._hands, balance.watched(str(self._guest.mountpoint)) as looks:
+            with self._hands, balance.watched(str(self._guest.mountpoint), name) as looks:
                 for command in COMMANDS[name]:
                     words = [str(self._guest.mountpoint) if word == "{}" else word for word in command]
                     done = subprocess.run(words, check=False, capture_output=True)
                     self.counts[f"{name}{' refused' if done.returncode else ''}"] += 1
-            self.counts[f"{name} starved metadata"] += any(look.starved for look in looks)
+            if any(look.starved for look in looks):
+                self.counts[f"{name} starved metadata"] += 1
             if balance.forced_read_only(name, looks):
                 self._named = True
                 self.counts["named: forced read-only by a balance"] += 1
