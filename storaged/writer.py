@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from storaged.balloon import balance
 from storaged.balloon.engine import BalloonEngine, Superseded
 from storaged.balloon.grant import Grant
 from storaged.balloon.target import calm, tight
@@ -29,7 +30,7 @@ from storaged.errors import FilesystemError, StoragedError
 from storaged.resize.bounds import Bounds
 from storaged.resize.job import Job
 from storaged.resize.runner import ResizeRunner
-from storaged.units import MIB, format_size
+from storaged.units import MIB
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ class Writer:
         await self._rule_out_reclaim()  # it may have been turned on since
         warning = self._warn_of_a_balance(space)
         if self._engine.must_act(space):
-            self._spawn(self._sample_and_act(adjust))
+            self._spawn(self._sample_and_act(adjust, warning))
             return
         now, size = world.clock.monotonic(), self._state.balloon.size
         rests = calm(space, space.metadata_headroom)
@@ -301,13 +302,7 @@ class Writer:
 
     def _warn_of_a_balance(self, space: Space) -> str:
         """Of a balance that storaged did not start while the balloon is held: what it relocates is written."""
-        held = self._state.balloon.size
-        if not held or self._state.active_job is not None or not space.exclusive_operation.startswith("balance"):
-            return ""
-        return (
-            "a balance that storaged did not start is running: it writes the balloon's extents in every chunk that it"
-            f" relocates, so the host's image can grow by up to {format_size(held)}"
-        )
+        return balance.warning(space, self._state.balloon.size) if self._state.active_job is None else ""
 
     async def _count(self) -> None:
         """Keep the published count of what is preallocated and not written up to date."""
@@ -320,7 +315,7 @@ class Writer:
                 return
             await asyncio.sleep(COUNT_PATIENCE_S)
 
-    async def _sample_and_act(self, adjust: bool) -> None:
+    async def _sample_and_act(self, adjust: bool, warning: str) -> None:
         clock = self._world.clock
         try:
             done = await self._in("balloon", partial(self._engine.sample, self._state.config.reserve, adjust=adjust))
@@ -328,7 +323,8 @@ class Writer:
             self._post(ev.BalloonSampled(await self._balloon_size(), 0, clock.monotonic(), warning=str(error)))
         else:
             self._publish(done.space)
-            self._post(ev.BalloonSampled(done.size, done.relief, clock.monotonic(), done.tight, warning=done.warning))
+            warning = warning or done.warning
+            self._post(ev.BalloonSampled(done.size, done.relief, clock.monotonic(), done.tight, warning=warning))
 
     async def _rule_out_reclaim(self) -> None:
         found = self._world.filesystem.kernel_reclaim()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import random
 import subprocess
 import threading
@@ -14,6 +16,7 @@ import grpc
 
 from lab.attack.commands import COMMANDS
 from lab.attack.oracle import NEAR, SHOWN, SLACK, available, data_chunk, fill_really, image_bytes, judged, over, reach
+from lab.attack.storm import balance
 from lab.attack.storm.applications import Applications
 from lab.attack.storm.writers import STEPS
 from lab.attack.testbed import CRITICAL, LOW, NORMAL, Testbed, mib, report, until, why
@@ -31,6 +34,7 @@ PROFILES: tuple[tuple[str, ...], ...] = (
 )
 REST_EVERY_S = (8.0, 15.0)
 KILL_EVERY_S = (4.0, 10.0)
+COMMAND_EVERY_S = (0.5, 4.0)
 PER_REPORT = MIB
 IDLE_REPORTS = 3
 RESTORED_WITHIN_S = 3.0
@@ -53,6 +57,10 @@ class Storm:
         self._hands = threading.Lock()
         self._over = threading.Event()
         self._promised: int | None = None
+        self._when_read_only: list[str] = []
+        """Faults that were found while the filesystem was read-only."""
+        self._named = False
+        """The kernel has forced the filesystem read-only in the way that docs/promise.md names: the storm is over."""
 
     def run(self, seconds: float) -> None:
         """All of it."""
@@ -63,7 +71,7 @@ class Storm:
         kill_at = time.monotonic() + self._dice.uniform(*KILL_EVERY_S)
         rest_at = time.monotonic() + self._dice.uniform(*REST_EVERY_S)
         try:
-            while time.monotonic() < end:
+            while time.monotonic() < end and not self._over.is_set():
                 self._report()
                 if time.monotonic() > kill_at:
                     self._kill()
@@ -73,6 +81,11 @@ class Storm:
                         self._rest()
                     rest_at = time.monotonic() + self._dice.uniform(*REST_EVERY_S)
                 time.sleep(self._dice.uniform(0, 0.3))
+        except RuntimeError:
+            self._over.set()
+            commands.join(120)  # it knows whether the filesystem became read-only in the named case
+            if not self._named:
+                raise
         finally:
             self._over.set()
             self.applications.stop()
@@ -81,7 +94,15 @@ class Storm:
 
     def _fault(self, kind: str, text: str) -> None:
         self.counts[f"violation: {kind}"] += 1
-        self.faults.append(f"{kind}: {text}")
+        read_only = os.statvfs(self._guest.mountpoint).f_flag & os.ST_RDONLY
+        (self._when_read_only if read_only else self.faults).append(f"{kind}: {text}")
+
+    def _allowed(self, limit: int, *, success: bool) -> None:
+        """What the host has said is in force, also when it was answered FAILED: then the larger of both may be used."""
+        if success:
+            self._promised = limit
+        elif self._promised is not None:
+            self._promised = max(self._promised, limit)
 
     def _report(self) -> None:
         limit = self._dice.choice((0, 0, 64 * MIB, 300 * MIB, GIB, self._dice.randrange(2 * GIB), 1 << 40))
@@ -94,9 +115,9 @@ class Storm:
             self._fault("no answer", f"{error.code()} after {time.monotonic() - begun:.1f} s")
             return
         self.counts["successes" if success else "failures"] += 1
+        self._allowed(limit, success=success)
         if not success:
             return
-        self._promised = limit
         more = over(self._guest, limit, self._chunk + NEAR, self.applications.unwritten, committed=True)
         if more:
             self._fault("false SUCCESS", f"limit {mib(limit)} MiB, {mib(more)} MiB beyond it ({why(self._daemon)})")
@@ -134,12 +155,13 @@ class Storm:
         self.counts["rests"] += 1
         limit = self._dice.choice((0, 100 * MIB, 500 * MIB, GIB))
         unwritten = self.applications.unwritten()
-        if not until(lambda: report(self._daemon, limit), 4, 0.5):
+        success = until(lambda: report(self._daemon, limit), 4, 0.5)
+        self._allowed(limit, success=success)
+        if not success:
             if unwritten + SLACK < limit:
                 self._fault("FAILED at rest", f"limit {mib(limit)}, unwritten {mib(unwritten)}: {why(self._daemon)}")
             self.counts["FAILED at rest"] += 1
             return
-        self._promised = limit
         time.sleep(1)
         before = image_bytes(self._guest)
         answers = [report(self._daemon, limit, LOW) for _ in range(IDLE_REPORTS)]
@@ -163,17 +185,25 @@ class Storm:
             self._fault("real fill", fault)
 
     def _command(self, dice: random.Random) -> None:
-        while not self._over.wait(dice.uniform(0.5, 4)):
+        while not self._over.wait(dice.uniform(*COMMAND_EVERY_S)):
             name = dice.choice(sorted(COMMANDS))
-            with self._hands:
+            with self._hands, balance.watched(str(self._guest.mountpoint), name) as looks:
                 for command in COMMANDS[name]:
                     words = [str(self._guest.mountpoint) if word == "{}" else word for word in command]
                     done = subprocess.run(words, check=False, capture_output=True)
                     self.counts[f"{name}{' refused' if done.returncode else ''}"] += 1
+            if any(look.starved for look in looks):
+                self.counts[f"{name} starved metadata"] += 1
+            if balance.forced_read_only(name, looks):
+                self._named = True
+                self.counts["named: forced read-only by a balance"] += 1
+                self._over.set()
 
     def _end(self) -> None:
         guest = self._guest
-        self.faults += self.applications.verify() + self.applications.errors[:5]
+        self.faults += [] if self._named else self._when_read_only
+        errors = [text for text in self.applications.errors if not (self._named and os.strerror(errno.EROFS) in text)]
+        self.faults += self.applications.verify() + errors[:5]
         self._daemon.kill()
         guest.unmount()
         try:
@@ -182,9 +212,12 @@ class Storm:
             self._fault("btrfs check", str(error)[-300:])
         device = guest.device.rsplit("/", 1)[-1]
         bad = [line for line in _kernel_log() if line not in self._log_before and f"device {device}" in line]
-        bad = [line for line in bad if "abort" in line.lower() or "forced readonly" in line or "corrupt" in line]
+        bad = [line for line in bad if any(word in line.lower() for word in self._bad_words())]
         for line in bad[:3]:
             self._fault("kernel log", line)
+
+    def _bad_words(self) -> tuple[str, ...]:
+        return ("corrupt",) if self._named else ("corrupt", "abort", "forced readonly")
 
 
 def _kernel_log() -> list[str]:
