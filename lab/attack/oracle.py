@@ -67,6 +67,10 @@ class Allocation:
         kind = "mixed" if self.mixed and kind != "system" else kind
         return int((self._path / kind / name).read_text(encoding="ascii"))
 
+    def data(self) -> int:
+        """Bytes of data that are taken, the balloon's with them."""
+        return sum(self.number("data", part) for part in ("bytes_used", "bytes_reserved", "bytes_may_use"))
+
     def copies(self) -> int:
         """Host bytes per byte of data."""
         total = self.number("data", "total_bytes")

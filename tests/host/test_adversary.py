@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from lab.adversary import Figures, attack
+from lab.adversary.figures import Figures
+from lab.adversary.run import attack
 from lab.loop import workspace
 
 pytestmark = [pytest.mark.btrfs, pytest.mark.timeout(600)]
