@@ -39,7 +39,8 @@ SPACE = Space(
 def test_what_is_looked_at() -> None:
     assert looked(SPACE) == Look(False, 0, 212 * MIB, 4 * MIB)
     assert looked(SPACE).starved
-    assert not looked(replace(SPACE, mixed=True)).starved, "data gives metadata room there"
+    assert looked(replace(SPACE, mixed=True)).starved, "where data and metadata share it, both are starved"
+    assert not looked(replace(SPACE, mixed=True, metadata_used=240 * MIB)).starved
     assert not looked(replace(SPACE, unallocated=MIB)).starved
 
 

@@ -252,9 +252,9 @@ class _Storm:
 
     def _fair(self, host: HostDaemon, fairness: Watch, hungry: dict[str, bool]) -> None:
         try:
-            if host.pool().unreadable_reason:
-                fairness.forget()
-            else:
+            if host.pool().HasField("promise_holds"):
                 fairness.look(host.guests(), hungry)
+            else:  # an image is not where it was: nobody may grow
+                fairness.forget()
         except (grpc.RpcError, RuntimeError):
             fairness.forget()

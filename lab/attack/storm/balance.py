@@ -42,7 +42,7 @@ class Look:
 def looked(space: Space) -> Look:
     """The part of `space` that matters here."""
     free = max(space.metadata_total - space.metadata_used, 0)
-    return Look(space.read_only, space.unallocated, 0 if space.mixed else space.metadata_readonly, free)
+    return Look(space.read_only, space.unallocated, space.metadata_readonly, free)
 
 
 def forced_read_only(command: str, looks: Sequence[Look]) -> bool:
