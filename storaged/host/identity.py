@@ -24,6 +24,7 @@ _HANDLE = struct.Struct("<Ii")
 """struct file_handle (name_to_handle_at(2), Linux 2.6.39): handle_bytes, handle_type; the handle itself follows."""
 _HANDLE_MOST = 128
 """MAX_HANDLE_SZ (linux/exportfs.h)."""
+_AT_FDCWD, _AT_SYMLINK_FOLLOW = -100, 0x400
 _BTRFS_FS_INFO, _FS_INFO_LENGTH, _FSID = 0x8400941F, 1024, slice(16, 32)
 """BTRFS_IOC_FS_INFO, its struct's size, and where the filesystem's UUID is in it (linux/btrfs.h, Linux 2.6.39)."""
 
@@ -45,10 +46,10 @@ def device_name(device: int) -> str:
     return f"{os.major(device)}:{os.minor(device)}"
 
 
-def file_id(path: str) -> FileId:
-    """The file at `path`, symbolic links followed. Raises OSError."""
+def file_id(path: str, handle: bytes | None = None) -> FileId:
+    """The file at `path`, symbolic links followed; with its `handle` where that is known already. Raises OSError."""
     status = os.stat(path)
-    return FileId(status.st_dev, status.st_ino, _handle(os.path.realpath(path)))
+    return FileId(status.st_dev, status.st_ino, _handle(path) if handle is None else handle)
 
 
 def _handle(path: str) -> bytes:
@@ -56,8 +57,7 @@ def _handle(path: str) -> bytes:
     buffer = ctypes.create_string_buffer(_HANDLE.size + _HANDLE_MOST)
     _HANDLE.pack_into(buffer, 0, _HANDLE_MOST, 0)
     mount = ctypes.c_int()
-    at_fdcwd = -100
-    if _LIBC.name_to_handle_at(at_fdcwd, os.fsencode(path), buffer, ctypes.byref(mount), 0):
+    if _LIBC.name_to_handle_at(_AT_FDCWD, os.fsencode(path), buffer, ctypes.byref(mount), _AT_SYMLINK_FOLLOW):
         return b""
     length, _ = _HANDLE.unpack_from(buffer)
     return bytes(buffer.raw[: _HANDLE.size + length])

@@ -68,6 +68,20 @@ class Guest:
         return max(self.size - self.image, 0)
 
     @property
+    def still(self) -> bool:
+        """While its image stays as it is, nothing of it changes with time."""
+        return not (
+            self.rate
+            or self.lease.flight is not None
+            or self.failures
+            or self.pleads_until
+            or self.overran
+            or self.over_since
+            or self.fenced_until
+            or self.claim_asked
+        )
+
+    @property
     def mute(self) -> bool:
         """Its agent has not answered since it was seen first, and was asked."""
         return not self.lease.bound and self.failures > 0
@@ -120,6 +134,15 @@ class Books:
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """What a decision was made of that found nothing to do, and would not for `Sharing.least` bytes less or more."""
+
+    guests: Mapping[str, Guest]
+    free: int
+    reserve: int
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """All that the host believes about one pool. Pools share nothing: two pools are two states."""
 
@@ -128,6 +151,7 @@ class State:
     guests: Mapping[str, Guest] = field(default_factory=dict)
     seq: int = 0
     holds: bool | None = None  # the invariant, as last said; None before the first time
+    settled: Settled | None = None
 
 
 def charge(guest: Guest, settings: Sharing) -> int:

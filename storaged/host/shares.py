@@ -23,7 +23,7 @@ from storaged.host import events as ev
 from storaged.host import leases, levels
 from storaged.host.decide import decide
 from storaged.host.demand import smoothed
-from storaged.host.model import RUNNING, Guest, Pool, Presence, State, books, established
+from storaged.host.model import RUNNING, Guest, Pool, Presence, Settled, State, books, established
 from storaged.host.settings import Sharing
 from storaged.units import format_size
 
@@ -98,7 +98,7 @@ def _shared(state: State, at: float) -> Result:
     state, effects = _judged(_claimed(state))
     sends = decide(state, at)
     if not sends:
-        return state, effects
+        return _settled(state), effects
     guests = dict(state.guests)
     seq = state.seq
     grants: list[ev.Effect] = []
@@ -108,6 +108,15 @@ def _shared(state: State, at: float) -> Result:
         guests[name] = _holding(guest, leases.sent(guest.lease, guest.image, seq, size, at))
         grants.append(ev.SetGrant(name, size, seq))
     return replace(state, guests=guests, seq=seq), (*effects, *grants, ev.Publish())
+
+
+def _settled(state: State) -> State:
+    """The state, in which nothing is to be done until something but the time has changed, if that is so."""
+    pool = state.pool
+    quiet = pool.whole and all(guest.still for guest in state.guests.values() if guest.runs)
+    if not quiet or books(state).slack < state.settings.least:
+        return state
+    return replace(state, settled=Settled(state.guests, pool.free, pool.reserve))
 
 
 def _claimed(state: State) -> State:
@@ -126,10 +135,12 @@ def _claimed(state: State) -> State:
 def _read(guest: Guest, image: int, at: float, state: State, counted: int | None) -> tuple[Guest, ev.Note | None]:
     """The guest after its image was read."""
     settings = state.settings
-    over_s = at - guest.seen_at
+    # A guest that stood still was not looked at, and its image was as it is until the epoch.
+    over_s = at - max(guest.seen_at, state.pool.at or 0.0)
     # What a resize moves is not what the guest writes.
     grew = image - guest.image if not guest.claim else min(image - guest.image, 0)
     rate = smoothed(guest.rate, grew, over_s, settings)
+    rate = rate if rate >= 1 else 0.0
     lease = leases.seen(guest.lease, image, at)
     overran, note = guest.overran, None
     overruns, fenced_until = guest.overruns, guest.fenced_until
@@ -155,10 +166,10 @@ def _read(guest: Guest, image: int, at: float, state: State, counted: int | None
     elif fenced_until and at >= fenced_until:
         fenced_until = 0.0
         note = ev.Note(ev.Topic.FENCE, f"{guest.name} kept within its grant and gets a share again", guest.name)
-    pleads = guest.pleads if at < guest.pleads_until else 0
+    pleads, pleads_until = (guest.pleads, guest.pleads_until) if at < guest.pleads_until else (0, 0.0)
     read = Guest(
         guest.name, guest.size, image, at, guest.weight, guest.presence, lease, counted, rate, pleads,
-        guest.pleads_until, guest.failures, guest.retry_at, overran, overruns, fenced_until, guest.claim,
+        pleads_until, guest.failures, guest.retry_at, overran, overruns, fenced_until, guest.claim,
         guest.claim_asked, over_since,
     )  # fmt: skip  # written out: `replace` costs three times as much, and this runs for every guest at every look
     return read, note
@@ -173,7 +184,7 @@ def _pool_sampled(state: State, event: ev.PoolSampled) -> Result:
         return state, ()
     guests: dict[str, Guest] = {}
     effects: list[ev.Effect] = []
-    whole, same = True, pool.whole
+    whole, same, still = True, pool.whole, True
     grew = 0
     for name, guest in state.guests.items():
         image = images.get(name) if guest.presence in RUNNING else None
@@ -181,6 +192,10 @@ def _pool_sampled(state: State, event: ev.PoolSampled) -> Result:
             whole = whole and not guest.runs
             guests[name] = guest
             continue
+        if image == guest.image == guest.counted and guest.still:
+            guests[name] = guest
+            continue
+        still = False
         if guest.counted is None:
             same = False
         else:
@@ -202,8 +217,18 @@ def _pool_sampled(state: State, event: ev.PoolSampled) -> Result:
     reserve = levels.reserve(pool.outside, interval_s + pool.answer_s, total, settings)
     pool = replace(pool, free=event.free, at=event.at, total=total, whole=whole)
     pool = replace(pool, reserve=reserve, interval_s=interval_s, pressure=pressure)
+    if still and whole and _stays(state, pool):
+        return replace(state, pool=pool), (*effects, ev.Poll(interval_s))
     state, shared = _shared(replace(state, pool=pool, guests=guests), event.at)
     return state, (*effects, *shared, ev.Poll(interval_s))
+
+
+def _stays(state: State, pool: Pool) -> bool:
+    """Nothing is to be done at `pool` either: it is as good as the same."""
+    was = state.settled
+    if was is None or was.guests is not state.guests or was.reserve != pool.reserve:
+        return False
+    return abs(pool.free - was.free) < state.settings.least
 
 
 def _measured(pool: Pool, event: ev.PoolSampled, grew: int | None, settings: Sharing) -> Pool:
