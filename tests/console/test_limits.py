@@ -126,11 +126,12 @@ def test_who_does_not_read_is_put_out() -> None:
 def test_a_peer_at_work_with_all_it_may_have_is_told_so() -> None:
     with Served(ToldHost(), limits=Limits(connections_per_peer=3, streams_per_peer=9)) as served:
         request = f"GET /api/events HTTP/1.1\r\nHost: localhost\r\nCookie: {served.cookie}\r\n\r\n".encode()
-        with hanging(served, 3, request) as streams:
-            for one in streams:
+        with contextlib.ExitStack() as stack:
+            for _ in range(6):
+                (one,) = stack.enter_context(hanging(served, 1, request))
                 assert one.recv(4096).startswith(b"HTTP/1.1 200")
-            with socket.create_connection(("127.0.0.1", served.port), 10) as fourth:
-                assert fourth.recv(4096).startswith(b"HTTP/1.1 503")
+            with socket.create_connection(("127.0.0.1", served.port), 10) as another:
+                assert another.recv(4096).startswith(b"HTTP/1.1 503")
         until = time.monotonic() + 10
         while served.ask("GET", "/api/session")[0] != 200:
             assert time.monotonic() < until
@@ -138,16 +139,17 @@ def test_a_peer_at_work_with_all_it_may_have_is_told_so() -> None:
 
 def test_a_crowd_makes_room_at_the_cost_of_the_largest() -> None:
     waits: set[int] = set()
-    crowd: Crowd[int] = Crowd(3, 5, waits.__contains__)
-    for member in (1, 2, 3):
+    crowd: Crowd[int] = Crowd(2, 6, waits.__contains__)
+    for member in (1, 2, 3, 4):
         assert crowd.room("a") == (True, None)
         crowd.add("a", member)
     assert crowd.room("a") == (False, None), "all are at work"
     waits |= {2, 3}
     assert crowd.room("a") == (True, 2), "the oldest that waits"
-    for member in (4, 5):
+    for member in (5, 6):
         crowd.add("b", member)
     assert crowd.room("c") == (True, 2), "of who has most"
+    assert crowd.room("b") == (False, None)
     crowd.discard("a", 2)
     crowd.discard("a", 2)
     assert crowd.room("c") == (True, None)

@@ -43,7 +43,10 @@ def peer_name(host: str) -> str:
 
 @dataclass(slots=True)
 class Crowd(Generic[_T]):
-    """Who is connected, by peer, oldest first. `waits`: is a member waiting, so that it may be put out?"""
+    """Who is connected, by peer, oldest first. `waits`: is a member waiting, so that it may be put out?
+
+    `per_peer`: how many of one peer there may be before those that wait are put out; twice as many while all work.
+    """
 
     per_peer: int
     most: int
@@ -53,14 +56,14 @@ class Crowd(Generic[_T]):
 
     def room(self, peer: str) -> tuple[bool, _T | None]:
         """Whether one more of `peer` fits, and who has to leave for it."""
-        mine = self._by_peer.get(peer, {})
-        if len(mine) >= self.per_peer:
-            victim = self._oldest(peer)
-        elif self._count >= self.most:
-            victim = self._oldest(max(self._by_peer, key=lambda each: len(self._by_peer[each])))
-        else:
+        mine = len(self._by_peer.get(peer, {}))
+        full = self._count >= self.most
+        if mine < self.per_peer and not full:
             return True, None
-        return victim is not None, victim
+        largest = max(self._by_peer, key=lambda each: len(self._by_peer[each]))
+        victim = self._oldest(peer if mine >= self.per_peer else largest)
+        # One that is at work is done in a moment: twice as many may be, or a burst would shut good clients out.
+        return victim is not None or (not full and mine < 2 * self.per_peer), victim
 
     def _oldest(self, peer: str) -> _T | None:
         return next((each for each in self._by_peer.get(peer, {}) if self.waits(each)), None)
