@@ -1,4 +1,4 @@
-"""Log lines about refusals at a bounded rate: a peer that is refused a thousand times a second does not fill the log."""
+"""Log lines about refusals at a bounded rate: a peer that is refused all the time does not fill the log."""
 
 from __future__ import annotations
 

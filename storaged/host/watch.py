@@ -78,6 +78,15 @@ def thin_pool_free(status: str, block: int) -> int:
     return max(min(total - used, (most_mapped - mapped - kept) * MAPPED_BY_A_BLOCK), 0) * block
 
 
+def thin_pool_total(status: str, block: int) -> int:
+    """Bytes of data that a thin pool of `block` bytes a block has, from its `dmsetup status`. Raises PoolError."""
+    fields = status.split()
+    try:
+        return int(fields[5].split("/")[1]) * block
+    except (IndexError, ValueError) as error:
+        raise PoolError(f"thin pool status {status.strip()!r} is not understood") from error
+
+
 def thin_pool_block(table: str) -> int:
     """Bytes of a thin pool's block, from its `dmsetup table`. Raises PoolError.
 
@@ -105,6 +114,10 @@ class ThinSource:
         # --noflush: a status must not wait for a commit of the pool.
         pool = thin_pool_free(self._dmsetup("status", "--noflush"), self._block)
         return min(self.filesystem.free(), pool)
+
+    def total(self) -> int:
+        """Bytes of data that the pool has in all. Raises PoolError."""
+        return thin_pool_total(self._dmsetup("status", "--noflush"), thin_pool_block(self._dmsetup("table")))
 
     def _dmsetup(self, *command: str) -> str:
         try:

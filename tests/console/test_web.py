@@ -89,6 +89,14 @@ def test_a_page_that_is_not_ours_changes_nothing(served: Served, headers: dict[s
     assert served.host.calls == []
 
 
+def test_overcommit_is_allowed_in_so_many_words(served: Served) -> None:
+    token = served.token()
+    for allow, status in ((True, 202), (False, 202), ("yes", 400), (1, 400)):
+        body = {"size": GIB, "allow_overcommit": allow}
+        assert served.ask("POST", RESIZE, body, x_storaged_token=token)[0] == status
+    assert served.host.calls == [("overcommit", "web", GIB), ("resize", "web", GIB)]
+
+
 def test_our_own_origin_is_welcome(served: Served) -> None:
     own = {"origin": f"http://127.0.0.1:{served.port}", "sec_fetch_site": "same-origin"}
     assert served.ask("POST", RESIZE, {"size": GIB}, x_storaged_token=served.token(), **own)[0] == 202
@@ -263,10 +271,10 @@ def test_a_link_grows_old() -> None:
     assert not codes.take(early, CODE_S + 1)
     assert codes.take(late, CODE_S + 1)
     assert not codes.take(late, CODE_S + 1)
-    for _ in range(CODES_MOST):
-        kept = codes.issue(0.0)
+    kept = [codes.issue(0.0) for _ in range(CODES_MOST + 1)]
     assert len(codes.until) == CODES_MOST
-    assert codes.take(kept, 1.0)
+    assert not codes.take(kept[0], 1.0)
+    assert codes.take(kept[-1], 1.0)
 
 
 def test_scripts_bear_the_token(locked: Served) -> None:

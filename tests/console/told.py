@@ -104,8 +104,8 @@ class ToldHost:
             await asyncio.sleep(min(interval_s, 0.1))
         raise StoragedError(self.down, Kind.UNAVAILABLE)
 
-    async def resize(self, guest: str, size: int) -> pb.Resize:
-        self.calls.append(("resize", guest, size))
+    async def resize(self, guest: str, size: int, *, allow_overcommit: bool = False) -> pb.Resize:
+        self.calls.append(("overcommit" if allow_overcommit else "resize", guest, size))
         if self.refuses is not None:
             raise self.refuses
         self.resizes = [running(guest, to_bytes=size)]
@@ -135,9 +135,7 @@ class ToldHost:
 class Served:
     """A console in a thread of its own. `port`: where, on 127.0.0.1. `cookie`: of one who has signed in by a link."""
 
-    def __init__(
-        self, host: ToldHost, settings: ConsoleSettings | None = None, limits: Limits | None = None
-    ) -> None:
+    def __init__(self, host: ToldHost, settings: ConsoleSettings | None = None, limits: Limits | None = None) -> None:
         self.host = host
         self._settings = settings or ConsoleSettings("tcp:127.0.0.1:0")
         self.console = Console(self._settings, host, limits)

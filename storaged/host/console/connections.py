@@ -151,10 +151,15 @@ class Bounded(H11Protocol):
         self._note("slow", f"took nothing of its answer for {self.everyone.limits.send_s:g} s")
         self.transport.abort()
 
+    @property
+    def _answering(self) -> bool:
+        """True while an answer to the newest request has begun: no other can."""
+        return self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}
+
     def send_400_response(self, msg: str) -> None:
         self._note("invalid HTTP", "sent what is no HTTP")
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.abort()  # there is an answer under way: another cannot begin
+        if self._answering:
+            self.transport.abort()
             return
         super().send_400_response(msg)
 
@@ -162,8 +167,7 @@ class Bounded(H11Protocol):
         """Close it, with an answer if none has begun."""
         self.everyone.crowd.discard(self.peer, self)
         self._disarm()
-        begun = self.cycle is not None and self.cycle.response_started
-        if begun or self._phase == "idle":
+        if self._answering or self._phase == "idle":
             if self._phase != "idle":
                 self._note(reason, why)
             self.transport.abort()

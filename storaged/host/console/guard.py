@@ -64,7 +64,9 @@ class Door:
         if self.uids is None or uid in self.uids:
             return None
         return Refusal(
-            HTTPStatus.FORBIDDEN, f"user id {uid} may not use this console; if it should, add it to console.users", "user"
+            HTTPStatus.FORBIDDEN,
+            f"user id {uid} may not use this console; if it should, add it to console.users",
+            "user",
         )
 
     def stranger(self, host: str) -> Refusal | None:

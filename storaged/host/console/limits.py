@@ -1,7 +1,7 @@
 """How much one peer, and all peers together, may take of the console. Pure bookkeeping.
 
 A peer is an address on TCP (a /64 of IPv6, as one machine has that many) and a user on a unix socket. At its limit
-a peer loses its own oldest connection that waits for something, so that a good client on the same address still gets in.
+a peer loses its own oldest connection that waits for something, so a good client on the same address still gets in.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -48,9 +49,8 @@ class _Server(uvicorn.Server):
         loop, config = asyncio.get_running_loop(), self.config
 
         def protocol() -> asyncio.Protocol:
-            made: asyncio.Protocol = config.http_protocol_class(
-                config=config, server_state=self.server_state, app_state={}, _loop=loop
-            )
+            make: Any = config.http_protocol_class
+            made: asyncio.Protocol = make(config=config, server_state=self.server_state, app_state={}, _loop=loop)
             return made
 
         within_s = self._handshake_s if config.ssl is not None else None
@@ -89,9 +89,14 @@ class Console:
             return f"{scheme}://{host}:{self.address.port}/"
         return str(self.address)
 
+    @property
+    def expires_s(self) -> float | None:
+        """Seconds for which a link is good; None where nobody has to sign in."""
+        return guard.CODE_S if isinstance(self.address, TcpAddress) else None
+
     def link(self) -> str:
-        """A link that signs a browser in, once and within `guard.CODE_S`; the bare URL where nobody has to."""
-        if not isinstance(self.address, TcpAddress):
+        """A link that signs a browser in, once and within `expires_s`; the bare address where nobody has to."""
+        if self.expires_s is None:
             return self.url
         return f"{self.url}login?code={self._codes.issue(time.monotonic())}"
 

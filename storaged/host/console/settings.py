@@ -80,7 +80,9 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _users(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(user, str | int) and _USER.fullmatch(str(user)) for user in value):
+    if not isinstance(value, list) or not all(
+        isinstance(user, str | int) and _USER.fullmatch(str(user)) for user in value
+    ):
         raise ConfigError(f"console.users = {value!r}: a list of users' names or numbers is accepted")
     return tuple(str(user) for user in value)
 
