@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 
 from storaged.addresses import UnixAddress
 from storaged.errors import ConfigError, Kind, StoragedError
-from storaged.host import promises
+from storaged.host import promises, simulated_service
 from storaged.host.api import HostApi
 from storaged.host.config import GuestConfig, PoolConfig, parse
 from storaged.host.controller import Controller
@@ -29,6 +30,7 @@ from storaged.rpc.proto import storaged_host_v1_pb2_grpc as rpc
 from storaged.units import GIB, TIB
 from tests.host.resizable import LARGE, Bench, running
 from tests.host.test_cancel import served
+from tests.host.test_controller import until
 
 
 def test_a_refusal_has_all_the_figures() -> None:
@@ -161,3 +163,21 @@ def test_the_limit_is_a_number() -> None:
     for wrong in ("10", True, 0, -1):
         with pytest.raises(ConfigError, match="overcommit_limit"):
             parse({**pool, "sharing": {"overcommit_limit": wrong}})
+
+
+async def test_the_command_line_overrides_in_so_many_words(tmp_path: Path) -> None:
+    host, address = SimulatedHost(3), UnixAddress(f"{tmp_path}/host.sock")
+    server = await simulated_service.start(host, address)
+    command = [sys.executable, "-m", "storaged.ctl.main", "--host", str(address), "resize", "web", "90T", "--yes"]
+    try:
+        refused = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        _, said = await refused.communicate()
+        assert refused.returncode == 1
+        assert b"overcommit_limit" in said
+        assert host.guests["web"].job is None
+        begun = await asyncio.create_subprocess_exec(*command, "--allow-overcommit")
+        await until(lambda: host.guests["web"].job is not None)
+        begun.kill()
+        await begun.wait()
+    finally:
+        await server.stop(None)

@@ -130,7 +130,8 @@ class Console:
         server = _Server(config, self._limits.handshake_s)
         watching = asyncio.create_task(hub.run(), name="console watch")
         serving = asyncio.create_task(server.serve([self._socket]), name="console")
-        log.info("console at %s", self.url)
+        how = "" if self.expires_s is None else "; `storagectl console` prints a link to sign in"
+        log.info("console at %s%s", self.url, how)
         try:
             await asyncio.shield(serving)
         finally:
