@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import logging
@@ -9,10 +10,13 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from storaged.host.console.limits import Crowd, Limits, peer_name
+from storaged.host.console.server import Console
+from storaged.host.console.settings import ConsoleSettings
 from tests.console.told import Served, ToldHost
 
 HALF_HEADER = b"GET /static/app.js HTTP/1.1\r\nHost: localhost\r\n"
@@ -56,6 +60,30 @@ def test_500_half_sent_requests_keep_nobody_waiting(sent: bytes) -> None:
     with Served(ToldHost()) as served, hanging(served, 500, sent):
         for _ in range(5):
             prompt(served)
+
+
+async def test_half_sent_requests_on_a_unix_socket_keep_nobody_waiting(tmp_path: Path) -> None:
+    path = f"{tmp_path}/console.sock"
+    console = Console(ConsoleSettings(f"unix:{path}"), ToldHost())
+    console.bind()
+    task = asyncio.create_task(console.run())
+    half = []
+    for _ in range(300):
+        half.append(await asyncio.open_unix_connection(path))
+        half[-1][1].write(HALF_HEADER)
+    for _ in range(5):
+        async with asyncio.timeout(PROMPT_S):
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(b"GET /api/state HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            writer.close()
+    async with asyncio.timeout(10):
+        said = await half[0][0].read()
+    assert b"others of its peer needed its place" in said, "as many as one user may have"
+    for _, writer in half:
+        writer.close()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def test_300_event_streams_leave_the_page_and_the_api(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 
 from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.console.guard import CODE_S, CODES_MOST, Codes
+from storaged.host.console.limits import Limits
 from storaged.host.console.server import Console
 from storaged.host.console.settings import ConsoleSettings, parse
 from storaged.units import GIB
@@ -267,7 +269,7 @@ def test_a_link_signs_in_once(served: Served) -> None:
 
 def test_a_link_grows_old() -> None:
     codes = Codes()
-    early, late = codes.issue(0.0), codes.issue(CODE_S)
+    early, late = codes.issue(0.0), codes.issue(2.0)
     assert not codes.take(early, CODE_S + 1)
     assert codes.take(late, CODE_S + 1)
     assert not codes.take(late, CODE_S + 1)
@@ -333,7 +335,7 @@ def test_beyond_this_machine_it_speaks_tls(tmp_path: Path) -> None:
         certificate=str(tmp_path / "cert.pem"),
         key=str(tmp_path / "key.pem"),
     )
-    served = Served(ToldHost(), settings)
+    served = Served(ToldHost(), settings, Limits(handshake_s=0.5))
     context = ssl.create_default_context()
     authority.configure_trust(context)
 
@@ -353,6 +355,11 @@ def test_beyond_this_machine_it_speaks_tls(tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", served.port), 5) as plain:
             plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert not plain.recv(4096).startswith(b"HTTP")
+        with socket.create_connection(("127.0.0.1", served.port), 10) as silent:
+            begun = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                assert silent.recv(4096) == b""
+            assert time.monotonic() - begun < 5, "a handshake has its time, too"
 
 
 def test_a_user_that_this_machine_does_not_know_is_refused(tmp_path: Path) -> None:
