@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from demo import scenes, sim
 from demo.screen import Screen
 from demo.world import HOST_DISK, Host, Member, build_host, build_member, watched
+from lab.host import console_link
 from lab.loop import PREFIX, clear, host_disk, run, sweep, workspace
 from lab.prometheus import Prometheus
 from storaged.btrfs.system import ProcSysctl
@@ -92,7 +93,7 @@ def clear_kept(under: Path) -> int:
 def answers(play: scenes.Play, prometheus: Prometheus | None) -> None:
     """Everything whose address is printed answers, and Prometheus has seen all three."""
     host = play.host
-    play.check("the console answers", b"<html" in _fetch(host.console))
+    play.check("the console answers", b'id="guests"' in _signed_in(console_link(host.daemon.address)))
     addresses = [("the host", host.metrics, b"storaged_host_pool_promised_bytes")]
     addresses += [(f"guest {each.name}", each.metrics, b"storaged_balloon_size_bytes") for each in (play.a, play.b)]
     for name, metrics, series in addresses:
@@ -107,6 +108,17 @@ def answers(play: scenes.Play, prometheus: Prometheus | None) -> None:
     play.check("Prometheus scrapes the host and both guests", up == "3")
 
 
+def _signed_in(link: str) -> bytes:
+    """The console's page, as a browser gets it that follows the link."""
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    try:
+        with browser.open(link, timeout=10) as page:
+            body: bytes = page.read()
+    except OSError:
+        return b""
+    return body
+
+
 def _fetch(url: str) -> bytes:
     """What an address of ours answers; nothing when it does not."""
     try:
@@ -119,7 +131,8 @@ def _fetch(url: str) -> bytes:
 
 def reached(screen: Screen, host: Host, members: list[Member], prometheus: Prometheus | None) -> None:
     """Where everything can be looked at; asks each metrics address, as a claim that it answers."""
-    lines = [f"console: {host.console}", f"host: storagectl --host {host.daemon.address} watch"]
+    signs_in = f"storagectl --host {host.daemon.address} console"
+    lines = [f"console: {host.console} (sign in: {signs_in})", f"host: storagectl --host {host.daemon.address} watch"]
     lines += [f"guest {member.name}: storagectl --guest {member.daemon.address} status" for member in members]
     lines.append(f"metrics of the host: curl http://{host.metrics}/metrics")
     lines += [f"metrics of guest {member.name}: curl http://{member.metrics}/metrics" for member in members]

@@ -78,6 +78,13 @@ class HostProcess:
         self.stop()
 
 
+def console_link(control: str) -> str:
+    """A link that signs in to the console of the host at `control`, `unix:/path`; good once."""
+    with grpc.insecure_channel(control) as channel:
+        stub = storaged_host_v1_pb2_grpc.HostStub(channel)
+        return stub.GetConsoleLink(storaged_host_v1_pb2.GetConsoleLinkRequest(), timeout=20).link
+
+
 class HostDaemon(HostProcess):
     """`storaged-host serve` with the settings in `config`; `control` is its unix socket for storagectl, if any."""
 

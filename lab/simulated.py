@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from lab.host import HostProcess
+from lab.host import HostProcess, console_link
 
 
 def free_port() -> int:
@@ -16,7 +16,7 @@ def free_port() -> int:
 
 
 class SimulatedHost(HostProcess):
-    """`storaged-host serve --sim N` in a process of its own. `url`: its console."""
+    """`storaged-host serve --sim N` in a process of its own. `url`: its console; `link` signs in to it, once."""
 
     def __init__(self, directory: Path, count: int = 6) -> None:
         self.control = f"unix:{directory}/host.sock"
@@ -24,6 +24,11 @@ class SimulatedHost(HostProcess):
         self.url = f"http://127.0.0.1:{self.port}/"
         console = f"tcp:127.0.0.1:{self.port}"
         super().__init__(directory / "host.log", "--sim", str(count), "--control", self.control, "--console", console)
+
+    @property
+    def link(self) -> str:
+        """A new one."""
+        return console_link(self.control)
 
     def _ready(self) -> bool:
         """Whether its console answers."""

@@ -53,7 +53,7 @@ def main() -> None:
             scale = 2 if viewport is PHONE else 1
             context = chromium.new_context(color_scheme=scheme, viewport=viewport, device_scale_factor=scale)
             page = context.new_page()
-            ready(page, host.url, 40 if number == 0 else 1)
+            ready(page, host.link, 40 if number == 0 else 1)
             page.screenshot(path=TARGET / f"{name}.png", full_page=viewport is DESK)
             context.close()
 

@@ -17,7 +17,7 @@ from storaged.ctl.show import exact, layout
 from storaged.ctl.terminal import Terminal, complain
 from storaged.errors import Kind, StoragedError
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
-from storaged.units import sector_floor
+from storaged.units import format_duration, sector_floor
 
 _PATIENCE = 2  # the first Ctrl-C cancels the resize, the second stops watching
 
@@ -47,7 +47,21 @@ def pool(client: HostClient, name: str, *, as_json: bool) -> int:
     return 0
 
 
-def resize(client: HostClient, name: str, size: int, *, yes: bool, as_json: bool) -> int:
+def console(client: HostClient, *, as_json: bool) -> int:
+    """A link that signs a browser in to the console."""
+    found = client.console_link()
+    if as_json:
+        print(encode.line(encode.as_dict(found)), flush=True)
+        return 0
+    print(found.link, flush=True)
+    if found.HasField("expires_in_s"):
+        print(f"opens once, within {format_duration(found.expires_in_s)}", file=sys.stderr, flush=True)
+    return 0
+
+
+def resize(
+    client: HostClient, name: str, size: int, *, yes: bool, as_json: bool, allow_overcommit: bool = False
+) -> int:
     """Say what will happen, ask, begin, follow, end with what is true; the exit code."""
     terminal = Terminal(sys.stderr if as_json else sys.stdout)
     guest = client.guest(name)
@@ -68,7 +82,7 @@ def resize(client: HostClient, name: str, size: int, *, yes: bool, as_json: bool
     if shrinks and not yes and not confirmed(terminal):
         raise StoragedError("not confirmed; nothing was changed", Kind.PRECONDITION)
     with HostFeed(client, patience=_PATIENCE) as feed:
-        begun = client.resize(name, size)
+        begun = client.resize(name, size, allow_overcommit=allow_overcommit)
         ended = _follow(client, feed, begun, terminal, quiet=as_json)
     text = host_show.outcome(ended)
     if ended.state == pb.RESIZE_DONE and size == now == ended.from_bytes and size == guest.logical_bytes:
@@ -88,7 +102,7 @@ def _follow(client: HostClient, feed: HostFeed, begun: pb.Resize, terminal: Term
                 asked = True
                 shown.say("asking storaged-host to cancel; once more Ctrl-C only stops watching")
                 try:
-                    client.cancel(resize=begun.id)
+                    client.cancel(begun.guest, begun.id)
                 except CallFailed as error:
                     shown.say(f"could not ask for the cancel: {error.message}")
             elif isinstance(event, Lost):

@@ -83,18 +83,23 @@ class HostClient:
         call.cancel()
         return report
 
-    def resize(self, name: str, size: int) -> pb.Resize:
+    def resize(self, name: str, size: int, *, allow_overcommit: bool = False) -> pb.Resize:
         """Begin a resize."""
-        return self._call(self.host.Resize, pb.ResizeRequest(guest=name, size_bytes=size)).resize
+        request = pb.ResizeRequest(guest=name, size_bytes=size, allow_overcommit=allow_overcommit)
+        return self._call(self.host.Resize, request).resize
 
     def cancel(self, name: str = "", resize: str = "") -> pb.Resize:
-        """Ask the guest's resize, or the one with this id, to stop."""
-        request = pb.CancelResizeRequest(id=resize) if resize else pb.CancelResizeRequest(guest=name)
+        """Ask the guest's resize to stop, if it is the one with this id; either may be empty."""
+        request = pb.CancelResizeRequest(id=resize, guest=name)
         return self._call(self.host.CancelResize, request).resize
 
     def unfence(self, name: str) -> pb.Guest:
         """Let a guest that exceeded its grant have a share again."""
         return self._call(self.host.LiftFence, pb.LiftFenceRequest(guest=name)).guest
+
+    def console_link(self) -> pb.GetConsoleLinkResponse:
+        """A link that signs a browser in to the console."""
+        return self._call(self.host.GetConsoleLink, pb.GetConsoleLinkRequest())
 
     def explain(self, error: grpc.RpcError) -> CallFailed:
         """What went wrong, in one line."""

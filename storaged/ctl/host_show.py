@@ -165,6 +165,9 @@ def pool(found: pb.Pool) -> list[Row]:
     rows.append(Row("Promised", f"{format_size(found.promised_bytes)}, and {format_size(found.reserve_bytes)} reserve"))
     if found.unbound_bytes:
         rows.append(Row("", f"{format_size(found.unbound_bytes)} set aside for guests that know no limit yet"))
+    if found.HasField("sizes_bytes"):
+        limit = f", of at most {format_size(found.sizes_limit_bytes)}" if found.HasField("sizes_limit_bytes") else ""
+        rows.append(Row("Sizes", f"{format_size(found.sizes_bytes)}, all guests' disks together{limit}"))
     if found.HasField("promise_holds") and (found.promise_holds or not found.unbound_bytes):
         holds = found.promise_holds
         text = "what guests may still write fits" if holds else "more is promised than there is: guests are told less"

@@ -63,6 +63,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from storaged.ctl import commands, resize
     from storaged.ctl.client import Client, Tls
 
+    if getattr(arguments, "allow_overcommit", False):
+        raise ConfigError("--allow-overcommit is for storaged-host: with NAME")
     files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
     if any(files) and not all(files):
         raise ConfigError("--tls-ca, --tls-cert and --tls-key belong together")
@@ -92,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _of_host(arguments: argparse.Namespace) -> bool:
     """Is storaged-host meant, rather than one guest?"""
     match arguments.command:
-        case "guests" | "pool" | "unfence":
+        case "guests" | "pool" | "unfence" | "console":
             return True
         case "resize":
             return len(arguments.what) == 2
@@ -133,7 +135,10 @@ def _ask_host(arguments: argparse.Namespace) -> int:
                 name, size = arguments.what
                 if arguments.best_effort or arguments.retarget:
                     raise ConfigError("--best-effort and --retarget are for one guest: without NAME")
-                return host.resize(client, name, size, yes=arguments.yes, as_json=as_json)
+                allow = arguments.allow_overcommit
+                return host.resize(client, name, size, yes=arguments.yes, as_json=as_json, allow_overcommit=allow)
+            case "console":
+                return host.console(client, as_json=as_json)
             case "cancel":
                 return host.cancel(client, arguments.name, as_json=as_json)
             case "unfence":
@@ -189,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
 
     resize = commands.add_parser(
         "resize",
-        usage="%(prog)s [-h] [--yes] [--json] [--best-effort] [--retarget] [NAME] SIZE",
+        usage="%(prog)s [-h] [--yes] [--json] [--best-effort] [--retarget] [--allow-overcommit] [NAME] SIZE",
         help="grow or shrink a filesystem and follow it; Ctrl-C cancels it",
         description="With NAME, storaged-host resizes that guest's image and filesystem.",
     )
@@ -199,6 +204,11 @@ def _parser() -> argparse.ArgumentParser:
         "--best-effort", action="store_true", help="shrink towards SIZE as far as it goes, also below the minimum"
     )
     resize.add_argument("--retarget", action="store_true", help="cancel the resize that runs, and go to SIZE instead")
+    resize.add_argument(
+        "--allow-overcommit",
+        action="store_true",
+        help="grow also where the pool's guests are then promised more than sharing.overcommit_limit",
+    )
 
     cancel = commands.add_parser("cancel", help="cancel a running resize and wait until it has stopped")
     cancel.add_argument("name", metavar="NAME", nargs="?", default="", help="the guest, where storaged-host resizes it")
@@ -222,6 +232,8 @@ def _parser() -> argparse.ArgumentParser:
     unfence.add_argument("name", metavar="NAME", help="the guest")
     pool = commands.add_parser("pool", help="a pool of the host, what is promised of it, and its pressure")
     pool.add_argument("name", metavar="POOL", nargs="?", default="", help="which one; the only one needs no name")
+
+    commands.add_parser("console", help="print a link that signs a browser in to storaged-host's console, once")
 
     watch = commands.add_parser(
         "watch",

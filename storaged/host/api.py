@@ -14,15 +14,20 @@ import grpc.aio
 
 from storaged.errors import InvalidRequest, Kind, StoragedError
 from storaged.host import encode
+from storaged.host.cancelling import meant
 from storaged.host.controller import Controller
 from storaged.host.history import History, Point
+from storaged.host.links import ConsoleLinks, console_link
 from storaged.host.model import State, books
+from storaged.host.promises import Promises
 from storaged.host.watch import capacity, logical
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.rpc.proto import storaged_host_v1_pb2_grpc
 
 Context = Any
 LEAST_INTERVAL_S, MOST_INTERVAL_S = 0.2, 3600.0
+WATCHERS_MOST = 64
+"""So that watching leaves calls over for everything else (`listener` has 256)."""
 BEAT_S = 1.0
 """Numbers that move all the time (free space, rates, ages) are told this often though nothing has happened."""
 
@@ -35,6 +40,8 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         self._histories = {controller.pool.name: History() for controller in controllers}
         self._totals: dict[str, int] = {}
         self._logical: dict[str, int] = {}
+        self._promises = Promises(controllers, self._logical_of)
+        self.console: ConsoleLinks | None = None
         self._looked = 0.0
         self._asking: asyncio.Task[None] | None = None
         self._sequence = 0
@@ -78,7 +85,9 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         request: pb.ResizeRequest,
         context: Context,  # noqa: ARG002  # as above
     ) -> pb.ResizeResponse:
-        saga = await self._of(request.guest).resize(request.guest, request.size_bytes)
+        controller, guest, size = self._of(request.guest), request.guest, request.size_bytes
+        async with self._promises.growth(controller, guest, size, allowed=request.allow_overcommit):
+            saga = await controller.resize(guest, size)
         return pb.ResizeResponse(resize=encode.resize(saga))
 
     async def CancelResize(  # noqa: N802  # as above
@@ -88,12 +97,16 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
     ) -> pb.CancelResizeResponse:
         if not request.id and not request.guest:
             raise InvalidRequest("id and guest are empty: one of them is needed")
-        for controller in self._controllers:
-            if any(saga.id == request.id or saga.guest == request.guest for saga in controller.resizes):
-                saga = await controller.cancel_resize(request.id, request.guest)
-                return pb.CancelResizeResponse(resize=encode.resize(saga))
-        what = request.id or f"of {request.guest}"
-        raise StoragedError(f"there is no resize {what}", Kind.NOT_FOUND)
+        saga = meant((saga for each in self._controllers for saga in each.resizes), request.id, request.guest)
+        controller = next(each for each in self._controllers if any(one.id == saga.id for one in each.resizes))
+        return pb.CancelResizeResponse(resize=encode.resize(await controller.cancel_resize(saga.id, saga.guest)))
+
+    async def GetConsoleLink(  # noqa: N802  # as above
+        self,
+        request: pb.GetConsoleLinkRequest,  # noqa: ARG002  # it is empty
+        context: Context,  # noqa: ARG002  # as above
+    ) -> pb.GetConsoleLinkResponse:
+        return console_link(self.console)
 
     async def LiftFence(  # noqa: N802  # as above
         self,
@@ -113,6 +126,8 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         interval = request.min_interval_s
         if not (math.isfinite(interval) and 0 <= interval <= MOST_INTERVAL_S):
             raise InvalidRequest(f"min_interval_s {interval} is not between 0 and {MOST_INTERVAL_S:g}")
+        if len(self._watchers) >= WATCHERS_MOST:
+            raise StoragedError(f"{WATCHERS_MOST} are watching already, the most that are served", Kind.BUSY)
         news = asyncio.Event()
         self._watchers.add(news)
         history = True
@@ -134,6 +149,9 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         for news in self._watchers:
             news.set()
 
+    def _logical_of(self, image: str) -> int:
+        return self._logical.get(image, 0)
+
     def _controller(self, name: str) -> Controller:
         if not name and len(self._controllers) > 1:
             known = ", ".join(controller.pool.name for controller in self._controllers)
@@ -153,7 +171,12 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
     def _pool(self, controller: Controller, *, history: bool = True) -> pb.Pool:
         name = controller.pool.name
         points = self._histories[name].points() if history else []
-        return encode.pool(controller, self._totals.get(name), points)
+        found = encode.pool(controller, self._totals.get(name), points)
+        sizes = self._promises.sizes(controller)
+        found.sizes_bytes = sizes.promised
+        if sizes.total:
+            found.sizes_limit_bytes = sizes.most
+        return found
 
     def _report(self, *, history: bool) -> pb.Report:
         self._sequence += 1
@@ -190,6 +213,7 @@ class HostApi(storaged_host_v1_pb2_grpc.HostServicer):
         images = {member.config.image for controller in self._controllers for member in controller.members.values()}
         begun = time.monotonic()
         totals, self._logical = await asyncio.to_thread(_look, pools, images)
+        await self._promises.look()
         self._looked = begun
         self._totals |= totals
 

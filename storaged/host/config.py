@@ -37,6 +37,7 @@ from storaged.units import parse_size
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _CONTROL = re.compile(r"loop|(qmp|crosvm):/.+")
 _GUEST = ("address", "image", "pool", "weight", "size", "pid_file", "peer", "control", "disk", "trust_balloon")
+_NUMBERS = ("looks", "overcommit_limit")
 _SHARES = ("kept_share", "idle_share", "band", "band_roomy", "reserve_share")
 
 
@@ -339,7 +340,7 @@ def _sharing(table: Any) -> Sharing:
     values: dict[str, Any] = {}
     for key, value in _table("sharing", table, names).items():
         where = f"sharing.{key}"
-        if key.endswith("_s") or key == "looks" or key in _SHARES:
+        if key.endswith("_s") or key in _NUMBERS or key in _SHARES:
             most = 0.9 if key in _SHARES else 86400
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not 0 <= value <= most or (value < 0.01 and key not in _SHARES):

@@ -18,6 +18,7 @@ from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
 from storaged.host.doors import Doors
 from storaged.host.sockets import clear
+from storaged.quiet import RefusalLog
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.proto import common_pb2, vm_host_pb2, vm_host_pb2_grpc
 
@@ -39,6 +40,7 @@ class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
     def __init__(self, ready: Ready, came_from: Callable[[str], str]) -> None:
         self._ready = ready
         self._came_from = came_from
+        self._refusals = RefusalLog(log)
 
     async def VmReady(  # noqa: N802  # named as in the contract
         self,
@@ -47,7 +49,7 @@ class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
     ) -> common_pb2.EmptyMessage:
         peer = self._came_from(context.peer())
         if not self._ready(peer):
-            log.warning("a guest that is not configured called from %s", peer)
+            self._refusals.note(peer, "not configured", f"a guest that is not configured called from {peer}")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no guest is configured with this peer")
         return common_pb2.EmptyMessage()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from storaged.errors import InvalidRequest, Kind, StoragedError
 from storaged.host import saga as sagas
 from storaged.host import saga_model as sm
+from storaged.host.cancelling import meant
 from storaged.host.guest_work import Agent, GuestWork
 from storaged.host.images import ImageBackend, known
 from storaged.host.journal import Journal
@@ -180,13 +181,8 @@ class Resizes:
         return job.saga
 
     async def cancel(self, wanted: str, guest: str = "") -> Saga:
-        """Ask the resize of this id, or that of the guest, to stop. Raises StoragedError when there is none."""
-        of_guest = [job for job in self._jobs.values() if guest and job.saga.guest == guest]
-        job = self._jobs.get(wanted) or next(iter([job for job in of_guest if job.saga.active] or of_guest[-1:]), None)
-        if job is None:
-            raise StoragedError(f"there is no resize {wanted or f'of {guest}'}", Kind.NOT_FOUND)
-        if not job.saga.active:
-            raise StoragedError(f"the resize of {job.saga.guest} has ended already", Kind.PRECONDITION)
+        """Ask the resize of this id and this guest to stop; either may be empty. Raises StoragedError."""
+        job = self._jobs[meant(self.snapshot, wanted, guest).id]
         job.saga, effects = sagas.step(job.saga, sm.CancelAsked())
         if sm.Interrupt() in effects:
             log.info("%s: the resize is to be cancelled", job.saga.guest)

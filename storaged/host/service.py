@@ -76,6 +76,7 @@ class Host:
             raise ConfigError("console.listen needs a unix: address in serve.listen, where the console asks")
         console = Console(self._config.console, GrpcBackend(asked))
         console.bind()
+        self._api.console = console
         return console
 
     def _connect(self, guest: GuestConfig) -> GuestClient:

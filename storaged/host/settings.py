@@ -41,6 +41,9 @@ class Sharing:
     retry_first_s: float = field(default=1.0, metadata={"help": "Seconds until a failed grant is sent again."})
     retry_most_s: float = field(default=30.0, metadata={"help": "Longest time between two tries, in seconds."})
     worst_half_s: float = field(default=60.0, metadata={"help": "Seconds in which half of a worst case is forgotten."})
+    overcommit_limit: float = field(
+        default=10.0, metadata={"help": "Times its size that a pool's guests may be promised by resizes, in sum."}
+    )
     overrun: int = field(default=64 * MIB, metadata={"help": "Bytes over its grant that a guest is forgiven."})
     overrun_s: float = field(
         default=3.0, metadata={"help": "Seconds for which a guest's next report may explain what exceeds its grant."}

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from storaged import __version__
 from storaged.errors import Kind, StoragedError
 from storaged.host import events as ev
+from storaged.host.cancelling import meant
 from storaged.host.leases import Answer
 from storaged.host.levels import Level
 from storaged.host.model import Presence, State, books, established
+from storaged.host.overcommit import Sizes
 from storaged.host.settings import Sharing
 from storaged.host.shares import step
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
@@ -75,6 +77,22 @@ class _Guest:
     def available(self) -> int:
         left = max(self.size - self.used, 0)
         return left if self.allowed is None else min(left, self.allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A resize as a cancel looks at it."""
+
+    resize: pb.Resize
+    active: bool
+
+    @property
+    def id(self) -> str:
+        return self.resize.id
+
+    @property
+    def guest(self) -> str:
+        return self.resize.guest
 
 
 def _made_up(count: int, seed: int) -> list[_Guest]:
@@ -170,7 +188,12 @@ class SimulatedHost:
 
     # --- resizes
 
-    def resize(self, name: str, size: int) -> pb.Resize:
+    def sizes(self) -> Sizes:
+        """What is promised in all."""
+        known = {guest.name: max(guest.size, guest.job.to_bytes if guest.job else 0) for guest in self.guests.values()}
+        return Sizes(POOL, self.total, self.state.settings.overcommit_limit, known)
+
+    def resize(self, name: str, size: int, *, allow_overcommit: bool = False) -> pb.Resize:
         """Begin. Raises StoragedError."""
         guest, size = self._known(name), sector_floor(size)
         if guest.job is not None:
@@ -182,6 +205,8 @@ class SimulatedHost:
                 f"{name} cannot be smaller than {format_size(guest.minimum)}: it stores {format_size(guest.used)}",
                 Kind.OUT_OF_RANGE,
             )
+        if size > guest.size and not allow_overcommit:
+            self.sizes().agree(name, size)
         self._jobs += 1
         job = pb.Resize(id=f"sim-{self._jobs}", guest=name, from_bytes=guest.size, to_bytes=size)
         job.state, job.stage = pb.RESIZE_RUNNING, pb.STAGE_PREPARING
@@ -194,24 +219,15 @@ class SimulatedHost:
 
     def cancel(self, name: str, job_id: str) -> pb.Resize:
         """Ask it to stop. Raises StoragedError."""
-        guest = self._by_job(job_id) if job_id else self._known(name)
-        if guest.job is None:
-            raise StoragedError(f"no resize of {guest.name} is running: there is nothing to cancel", Kind.PRECONDITION)
-        guest.job.state = pb.RESIZE_CANCELLING
-        return guest.job
+        running = [_Job(guest.job, active=True) for guest in self.guests.values() if guest.job is not None]
+        job = meant([*running, *(_Job(each, active=False) for each in self.ended)], job_id, name).resize
+        job.state = pb.RESIZE_CANCELLING
+        return job
 
     def _known(self, name: str) -> _Guest:
         if name not in self.guests:
             raise NotKnown(f"no guest is called {name!r}")
         return self.guests[name]
-
-    def _by_job(self, job_id: str) -> _Guest:
-        for guest in self.guests.values():
-            if guest.job is not None and guest.job.id == job_id:
-                return guest
-        if any(job.id == job_id for job in self.ended):
-            raise StoragedError(f"the resize {job_id} has ended already", Kind.PRECONDITION)
-        raise NotKnown(f"no resize is called {job_id!r}")
 
     def _work(self, guest: _Guest, job: pb.Resize, over_s: float, now: float) -> None:
         if job.state == pb.RESIZE_CANCELLING:
@@ -277,6 +293,8 @@ class SimulatedHost:
             level=_LEVEL[state.pool.pressure.level],
             age_s=0.0,
             guest_count=len(self.guests),
+            sizes_bytes=self.sizes().promised,
+            sizes_limit_bytes=self.sizes().most,
         )
         if state.pool.falls > 0:
             found.exhausted_in_s = self.free / state.pool.falls

@@ -18,6 +18,7 @@ import grpc.aio
 from storaged.addresses import UnixAddress
 from storaged.errors import StoragedError
 from storaged.host.console.settings import ConsoleSettings
+from storaged.host.links import ConsoleLinks, console_link
 from storaged.host.simulated import POOL, NotKnown, SimulatedHost
 from storaged.host.sockets import clear
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
@@ -30,8 +31,9 @@ log = logging.getLogger(__name__)
 class SimulatedService(rpc.HostServicer):
     """`storaged.host.v1` as the made-up host answers it."""
 
-    def __init__(self, host: SimulatedHost) -> None:
+    def __init__(self, host: SimulatedHost, console: ConsoleLinks | None = None) -> None:
         self.host = host
+        self._console = console
 
     async def ListGuests(self, request: pb.ListGuestsRequest, context: Any) -> pb.ListGuestsResponse:
         if request.pool not in ("", POOL):
@@ -45,7 +47,9 @@ class SimulatedService(rpc.HostServicer):
 
     async def Resize(self, request: pb.ResizeRequest, context: Any) -> pb.ResizeResponse:
         try:
-            return pb.ResizeResponse(resize=self.host.resize(request.guest, request.size_bytes))
+            return pb.ResizeResponse(
+                resize=self.host.resize(request.guest, request.size_bytes, allow_overcommit=request.allow_overcommit)
+            )
         except StoragedError as error:
             await _abort(context, error)
             raise
@@ -63,6 +67,13 @@ class SimulatedService(rpc.HostServicer):
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{request.guest} is not fenced")
         raise AssertionError
 
+    async def GetConsoleLink(self, request: pb.GetConsoleLinkRequest, context: Any) -> pb.GetConsoleLinkResponse:  # noqa: ARG002
+        try:
+            return console_link(self._console)
+        except StoragedError as error:
+            await _abort(context, error)
+            raise
+
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Report]:  # noqa: ARG002
         history = True
         while True:
@@ -77,11 +88,11 @@ async def _abort(context: Any, error: StoragedError) -> None:
     await context.abort(code, error.message)
 
 
-async def start(host: SimulatedHost, address: UnixAddress) -> grpc.aio.Server:
+async def start(host: SimulatedHost, address: UnixAddress, console: ConsoleLinks | None = None) -> grpc.aio.Server:
     """Serve it; the caller stops it."""
     clear(address.path)
     server = grpc.aio.server()
-    rpc.add_HostServicer_to_server(SimulatedService(host), server)
+    rpc.add_HostServicer_to_server(SimulatedService(host, console), server)
     mask = os.umask(0o177)
     try:
         server.add_insecure_port(str(address))
@@ -100,8 +111,10 @@ async def serve(count: int, address: UnixAddress, settings: ConsoleSettings) -> 
     if console is not None:
         console.bind()
     host = SimulatedHost(count)
-    server = await start(host, address)
+    server = await start(host, address, console)
     log.info("%d simulated guests; asked at %s", count, address)
+    if console is not None and console.expires_s is not None:
+        log.info("sign in to the console, once and within %g s: %s", console.expires_s, console.link())
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(host.run())]
         if console is not None:

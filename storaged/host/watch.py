@@ -87,6 +87,15 @@ def thin_pool_free(status: str, block: int) -> int:
     return max(min(total - used, (most_mapped - mapped - kept) * MAPPED_BY_A_BLOCK), 0) * block
 
 
+def thin_pool_total(status: str, block: int) -> int:
+    """Bytes of data that a thin pool of `block` bytes a block has, from its `dmsetup status`. Raises PoolError."""
+    fields = status.split()
+    try:
+        return int(fields[5].split("/")[1]) * block
+    except (IndexError, ValueError) as error:
+        raise PoolError(f"thin pool status {status.strip()!r} is not understood") from error
+
+
 def thin_pool_block(table: str) -> int:
     """Bytes of a thin pool's block, from its `dmsetup table`. Raises PoolError.
 
@@ -119,7 +128,12 @@ class ThinSource:
         return min(self.filesystem.free(), pool)
 
     def total(self) -> int:
-        return self.filesystem.total()
+        """Bytes of data that the pool has in all. Raises PoolError."""
+        try:
+            table, status = devicemapper.table(self.pool), devicemapper.status(self.pool)
+        except devicemapper.DeviceMapperError as error:
+            raise PoolError(error.message) from error
+        return thin_pool_total(status, thin_pool_block(table))
 
 
 def allocated(image: str) -> int | None:

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from storaged.errors import InvalidRequest, StoragedError, Unsupported
+from storaged.quiet import RefusalLog, peer_of
 from storaged.rpc.status import CODES
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,9 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
     Messages are decoded and encoded here too, so that a broken one is no different from a broken call.
     """
+
+    def __init__(self) -> None:
+        self._refusals = RefusalLog(log, logging.INFO)
 
     async def intercept_service(
         self,
@@ -43,7 +47,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     return encode(await call(_decoded(decode, data), context))
                 except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001  # the boundary: whatever it is, the caller gets a status
-                    await _abort(context, method, error)
+                    await self._abort(context, method, error)
 
             return grpc.unary_unary_rpc_method_handler(unary)
         if handler.unary_stream is not None and inspect.isasyncgenfunction(handler.unary_stream):
@@ -54,10 +58,24 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                     async for answer in stream(_decoded(decode, data), context):
                         yield encode(answer)
                 except (Exception, SystemExit) as error:  # noqa: BLE001  # as above
-                    await _abort(context, method, error)
+                    await self._abort(context, method, error)
 
             return grpc.unary_stream_rpc_method_handler(streaming)
         return handler  # a library's own: it knows its statuses
+
+    async def _abort(self, context: Any, method: str, error: BaseException) -> None:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if isinstance(error, StoragedError):
+            message = error.message if len(error.message) <= LONGEST else f"{error.message[:LONGEST]} ..."
+            peer = peer_of(context.peer())
+            self._refusals.note(peer, f"{method} {error.kind.value}", f"{method} refused: {message}")
+            await context.abort(CODES[error.kind], message)
+        if isinstance(error, TimeoutError):
+            log.warning("%s: the disk did not answer in time", method)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the disk did not answer in time")
+        log.error("%s failed", method, exc_info=error)
+        await context.abort(grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}); see the daemon's log")
 
 
 def _decoded(decode: Callable[[bytes], Any], data: bytes) -> Any:
@@ -69,17 +87,3 @@ def _decoded(decode: Callable[[bytes], Any], data: bytes) -> Any:
 
 async def _unimplemented(_request: Any, _context: Any) -> Any:
     raise Unsupported("this daemon does not serve this method")
-
-
-async def _abort(context: Any, method: str, error: BaseException) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if isinstance(error, StoragedError):
-        message = error.message if len(error.message) <= LONGEST else f"{error.message[:LONGEST]} ..."
-        log.info("%s refused: %s", method, message)
-        await context.abort(CODES[error.kind], message)
-    if isinstance(error, TimeoutError):
-        log.warning("%s: the disk did not answer in time", method)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the disk did not answer in time")
-    log.error("%s failed", method, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}); see the daemon's log")

@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from lab.browser import browser, chromium
 from lab.simulated import SimulatedHost
 from storaged.errors import Kind, StoragedError
+from storaged.host.console.limits import Limits
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
 from storaged.units import GIB
 from tests.console.told import Served, ToldHost, guest, pool, running
@@ -53,7 +54,7 @@ def page(running_browser: Browser) -> Iterator[Page]:
 
 def opened(page: Page, served: Served, name: str = "web") -> Locator:
     """The page, and a guest's card on it."""
-    page.goto(served.url)
+    page.goto(served.console.link())
     card = page.get_by_role("article", name=name, exact=True)
     expect(card).to_be_visible()
     return card
@@ -164,6 +165,36 @@ def test_a_size_may_be_typed(page: Page, served: Served) -> None:
     card.get_by_role("button", name="Shrink web to 32.0 GiB").click()
     expect(card.get_by_role("progressbar")).to_be_visible()
     assert served.host.calls == [("resize", "web", 32 * GIB)]
+
+
+def test_more_than_the_pools_limit_has_to_be_agreed_to(page: Page, served: Served) -> None:
+    served.host.pools = [pool(sizes_bytes=40 * GIB, sizes_limit_bytes=60 * GIB)]
+    card = opened(page, served)
+    card.get_by_text("Resize web").click()
+    exact, allow = card.get_by_role("textbox"), card.get_by_role("checkbox")
+    exact.fill("60G")
+    expect(allow).to_be_hidden()
+    expect(card.get_by_role("button", name="Grow web")).to_be_enabled()
+    exact.fill("10T")
+    expect(card.get_by_text("would be promised 10.0 TiB; its limit is 60.0 GiB")).to_be_visible()
+    expect(card.get_by_role("button", name="Grow web")).to_be_disabled()
+    allow.check()
+    assert Axe().run(page).violations_count == 0
+    card.get_by_role("button", name="Grow web").click()
+    expect(card.get_by_role("progressbar")).to_be_visible()
+    assert served.host.calls == [("overcommit", "web", 10 << 40)]
+
+
+def test_a_page_too_many_says_so(page: Page, running_browser: Browser) -> None:
+    with Served(ToldHost(), limits=Limits(streams_per_peer=1)) as served:
+        opened(page, served)
+        context = running_browser.new_context()
+        other = context.new_page()
+        other.goto(served.console.link())
+        expect(other.get_by_role("alert").filter(has_text="127.0.0.1 has 1 live pages")).to_be_visible()
+        page.goto("about:blank")
+        expect(other.get_by_role("article", name="web", exact=True)).to_be_visible()
+        context.close()
 
 
 def test_what_the_host_refuses_is_said_beside_the_button(page: Page, served: Served) -> None:
@@ -314,7 +345,7 @@ def test_many_guests_can_be_searched(page: Page, served: Served) -> None:
 def test_a_process_of_its_own_with_a_simulated_pool(page: Page, tmp_path: Path) -> None:
     host = SimulatedHost(tmp_path)
     with host:
-        page.goto(host.url)
+        page.goto(host.link)
         card = page.get_by_role("article", name="web", exact=True)
         card.get_by_text("Resize web").click()
         card.get_by_role("slider").press("Home")
@@ -325,8 +356,12 @@ def test_a_process_of_its_own_with_a_simulated_pool(page: Page, tmp_path: Path) 
         expect(card.get_by_text("was cancelled")).to_be_visible()
     expect(page.get_by_role("alert").filter(has_text="the console does not answer")).to_be_visible()
     with host:
+        # Nobody is signed in any more: the page says how to.
+        expect(page.get_by_text("storagectl console")).to_be_visible()
+        assert Axe().run(page).violations_count == 0
+        page.goto(host.link)
+        assert page.url == host.url, "the code does not stay in the address"
         expect(page.get_by_text("Live, 6 guests")).to_be_visible()
-        # The token that the page had is worth nothing now; it has a new one.
         card.get_by_text("Resize web").click()
         card.get_by_role("slider").press("End")
         card.get_by_role("button", name="Grow web").click()

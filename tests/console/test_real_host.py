@@ -56,9 +56,24 @@ def host(tmp_path: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def ask(port: int, method: str, path: str, body: object = None, token: str = "") -> tuple[int, dict[str, Any]]:
+def signed_in(directory: Path) -> str:
+    """The cookie of a browser that followed the link which the command line printed."""
+    command = [sys.executable, "-m", "storaged.ctl.main", "--host", f"unix:{directory}/host.sock", "console"]
+    link = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    address, _, path = link.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(address, timeout=10)
+    connection.request("GET", f"/{path}")
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return (answer.headers["set-cookie"] or "").partition(";")[0]
+
+
+def ask(
+    port: int, method: str, path: str, body: object = None, token: str = "", cookie: str = ""
+) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    headers = {"content-type": "application/json", "x-storaged-token": token}
+    headers = {"content-type": "application/json", "x-storaged-token": token, "cookie": cookie}
     connection.request(method, path, json.dumps(body), headers)
     answer = connection.getresponse()
     value = json.loads(answer.read())
@@ -66,12 +81,12 @@ def ask(port: int, method: str, path: str, body: object = None, token: str = "")
     return answer.status, value
 
 
-def state(port: int, log: Path, until: str) -> dict[str, Any]:
+def state(port: int, log: Path, until: str, cookie: str) -> dict[str, Any]:
     """The console's state once the guest has `until`."""
     ends = time.monotonic() + WITHIN_S
     while True:
         try:
-            found = ask(port, "GET", "/api/state")[1]
+            found = ask(port, "GET", "/api/state", cookie=cookie)[1]
         except OSError:
             found = {"guests": []}
         if found["guests"] and found["guests"][0][until]:
@@ -82,8 +97,15 @@ def state(port: int, log: Path, until: str) -> dict[str, Any]:
 
 def test_the_console_says_what_the_guest_says(tmp_path: Path, port: int, host: subprocess.Popen[bytes]) -> None:
     log = tmp_path / "host.log"
+    ends = time.monotonic() + WITHIN_S
+    while not (tmp_path / "host.sock").exists():
+        assert time.monotonic() < ends, log.read_text()
+        time.sleep(0.05)
+    cookie = signed_in(tmp_path)
+    assert "login?code=" not in log.read_text(), "others may read the log"
+    assert ask(port, "GET", "/api/state")[0] == 401
     with Daemon(tmp_path) as daemon:
-        found = state(port, log, "minimum")
+        found = state(port, log, "minimum", cookie)
         web, report = found["guests"][0], daemon.report()
         assert (web["name"], web["state"], web["pool"]) == ("web", "up", "p")
         assert web["size"] == report.filesystem.size_bytes
@@ -91,10 +113,10 @@ def test_the_console_says_what_the_guest_says(tmp_path: Path, port: int, host: s
         assert web["logical"] == 20 * GIB
         assert found["pools"][0]["free"] > 0
         assert found["history"]["p"]
-        token = ask(port, "GET", "/api/session")[1]["token"]
-        status, said = ask(port, "POST", "/api/guests/none/resize", {"size": GIB}, token)
+        token = ask(port, "GET", "/api/session", cookie=cookie)[1]["token"]
+        status, said = ask(port, "POST", "/api/guests/none/resize", {"size": GIB}, token, cookie)
         assert (status, said["error"]) == (409, "no guest is called 'none'")
-    stale = state(port, log, "stale")["guests"][0]
+    stale = state(port, log, "stale", cookie)["guests"][0]
     assert stale["size"] == web["size"]  # old, and said to be
     host.send_signal(signal.SIGTERM)
     assert host.wait(15) == 0

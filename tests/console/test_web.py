@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.client
 import json
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +19,9 @@ from typing import Any
 import pytest
 
 from storaged.errors import ConfigError, Kind, StoragedError
+from storaged.host.console.guard import CODE_S, CODES_MOST, Codes
+from storaged.host.console.limits import Limits
+from storaged.host.console.server import Console
 from storaged.host.console.settings import ConsoleSettings, parse
 from storaged.units import GIB
 from tests.console.told import Served, ToldHost, guest
@@ -40,7 +49,7 @@ def locked(tmp_path: Path) -> Iterator[Served]:
 def events(served: Served, count: int) -> list[dict[str, Any]]:
     """The first events of a stream."""
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
-    connection.request("GET", "/api/events")
+    connection.request("GET", "/api/events", headers={"cookie": served.cookie})
     answer = connection.getresponse()
     assert answer.headers["content-type"].startswith("text/event-stream")
     found: list[dict[str, Any]] = []
@@ -80,6 +89,14 @@ def test_a_page_that_is_not_ours_changes_nothing(served: Served, headers: dict[s
     assert status == 403
     assert said["error"]
     assert served.host.calls == []
+
+
+def test_overcommit_is_allowed_in_so_many_words(served: Served) -> None:
+    token = served.token()
+    for allow, status in ((True, 202), (False, 202), ("yes", 400), (1, 400)):
+        body = {"size": GIB, "allow_overcommit": allow}
+        assert served.ask("POST", RESIZE, body, x_storaged_token=token)[0] == status
+    assert served.host.calls == [("overcommit", "web", GIB), ("resize", "web", GIB)]
 
 
 def test_our_own_origin_is_welcome(served: Served) -> None:
@@ -153,7 +170,7 @@ def test_a_stream_begins_with_everything_and_goes_on_with_what_changed(served: S
 
 def test_a_guest_that_left_is_said_to_have_left(served: Served) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
-    connection.request("GET", "/api/events")
+    connection.request("GET", "/api/events", headers={"cookie": served.cookie})
     answer = connection.getresponse()
     gone: list[str] = []
     until = time.monotonic() + 20
@@ -186,25 +203,80 @@ def test_a_host_that_is_lost_is_said_to_be_lost(served: Served) -> None:
 def test_without_the_token_there_is_nothing_to_see(locked: Served) -> None:
     for path in ("/api/state", "/api/events"):
         assert locked.ask("GET", path)[0] == 401
-    assert locked.ask("POST", RESIZE, {"size": GIB}, x_storaged_token=locked.token())[0] == 401
-    assert locked.ask("GET", "/api/session")[2]["login"] is True
-    assert locked.ask("POST", "/api/login", {"token": "wrong"}, x_storaged_token=locked.token())[0] == 401
+    assert locked.ask("POST", RESIZE, {"size": GIB})[0] == 401
+    session = locked.ask("GET", "/api/session")[2]
+    assert session["login"] is True
+    assert "token" not in session
+    assert locked.ask("POST", "/api/login", {"token": "wrong"})[0] == 401
 
 
 def test_the_token_lets_a_browser_in_until_it_leaves(locked: Served) -> None:
-    token = locked.token()
-    status, headers, _ = locked.ask("POST", "/api/login", {"token": TOKEN}, x_storaged_token=token)
+    status, headers, _ = locked.ask("POST", "/api/login", {"token": TOKEN})
     assert status == 200
     set_cookie = headers["set-cookie"].lower()
     assert "httponly" in set_cookie
     assert "samesite=strict" in set_cookie
     cookie = headers["set-cookie"].partition(";")[0]
     assert locked.ask("GET", "/api/state", cookie=cookie)[0] == 200
+    token = locked.ask("GET", "/api/session", cookie=cookie)[2]["token"]
     # A cookie alone, which a browser sends whoever asked it to, changes nothing.
     assert locked.ask("POST", RESIZE, {"size": GIB}, cookie=cookie)[0] == 403
     assert locked.ask("POST", RESIZE, {"size": GIB}, cookie=cookie, x_storaged_token=token)[0] == 202
     assert locked.ask("POST", "/api/logout", {}, cookie=cookie, x_storaged_token=token)[0] == 200
     assert locked.ask("GET", "/api/state", cookie=cookie)[0] == 401
+
+
+@pytest.mark.parametrize("headers", [{"origin": "http://evil.example"}, {"sec_fetch_site": "cross-site"}])
+def test_another_page_cannot_sign_a_browser_in(locked: Served, headers: dict[str, str]) -> None:
+    assert locked.ask("POST", "/api/login", {"token": TOKEN}, **headers)[0] == 403
+
+
+def test_any_process_on_loopback_gets_nothing_without_signing_in(served: Served) -> None:
+    served.cookie = ""
+    status, _, page = served.ask("GET", "/")
+    assert status == 401
+    assert "storagectl console" in page["text"]
+    assert "<script" not in page["text"]
+    session = served.ask("GET", "/api/session")[2]
+    assert session == {"login": True, "by_token": False, "logout": True}
+    for path in ("/api/state", "/api/events"):
+        status, _, said = served.ask("GET", path)
+        assert status == 401
+        assert "storagectl console" in said["error"]
+    assert served.ask("POST", RESIZE, {"size": GIB})[0] == 401
+    assert served.ask("POST", "/api/login", {"token": ""})[0] == 401
+    assert served.ask("GET", "/login?code=")[0] == 401
+    assert served.host.calls == []
+
+
+def test_a_link_signs_in_once(served: Served) -> None:
+    path = "/" + served.console.link().removeprefix(served.url)
+    assert served.ask("HEAD", path)[0] == 401, "a look ahead does not spend it"
+    status, headers, _ = served.ask("GET", path, cookie="")
+    assert (status, headers["location"]) == (303, "/")
+    attributes = headers["set-cookie"].lower()
+    assert "httponly" in attributes
+    assert "samesite=strict" in attributes
+    cookie = headers["set-cookie"].partition(";")[0]
+    assert served.ask("GET", "/", cookie=cookie)[0] == 200
+    token = served.ask("GET", "/api/session", cookie=cookie)[2]["token"]
+    assert served.ask("POST", RESIZE, {"size": GIB}, cookie=cookie)[0] == 403
+    assert served.ask("POST", RESIZE, {"size": GIB}, cookie=cookie, x_storaged_token=token)[0] == 202
+    assert served.ask("GET", path, cookie="")[0] == 401
+    assert served.ask("POST", "/api/logout", {}, cookie=cookie, x_storaged_token=token)[0] == 200
+    assert served.ask("GET", "/", cookie=cookie)[0] == 401
+
+
+def test_a_link_grows_old() -> None:
+    codes = Codes()
+    early, late = codes.issue(0.0), codes.issue(2.0)
+    assert not codes.take(early, CODE_S + 1)
+    assert codes.take(late, CODE_S + 1)
+    assert not codes.take(late, CODE_S + 1)
+    kept = [codes.issue(0.0) for _ in range(CODES_MOST + 1)]
+    assert len(codes.until) == CODES_MOST
+    assert not codes.take(kept[0], 1.0)
+    assert codes.take(kept[-1], 1.0)
 
 
 def test_scripts_bear_the_token(locked: Served) -> None:
@@ -225,6 +297,9 @@ def test_scripts_bear_the_token(locked: Served) -> None:
         ({"listen": 8800}, "a text is accepted"),
         ({"token_file": "token"}, "from the root"),
         ({"lisen": "x"}, "unknown key console.lisen"),
+        ({"listen": "tcp:127.0.0.1:8800", "users": ["root"]}, "console.users needs"),
+        ({"listen": "unix:/c", "users": "root"}, "list of users"),
+        ({"listen": "unix:/c", "users": ["a b"]}, "list of users"),
     ],
 )
 def test_settings_that_would_open_the_console_are_refused(table: dict[str, Any], says: str) -> None:
@@ -255,9 +330,12 @@ def test_beyond_this_machine_it_speaks_tls(tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)
     settings = ConsoleSettings(
-        "tcp:127.0.0.1:0", (), str(tmp_path / "token"), str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+        "tcp:127.0.0.1:0",
+        token_file=str(tmp_path / "token"),
+        certificate=str(tmp_path / "cert.pem"),
+        key=str(tmp_path / "key.pem"),
     )
-    served = Served(ToldHost(), settings)
+    served = Served(ToldHost(), settings, Limits(handshake_s=0.5))
     context = ssl.create_default_context()
     authority.configure_trust(context)
 
@@ -277,13 +355,61 @@ def test_beyond_this_machine_it_speaks_tls(tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", served.port), 5) as plain:
             plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert not plain.recv(4096).startswith(b"HTTP")
+        with socket.create_connection(("127.0.0.1", served.port), 10) as silent:
+            begun = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                assert silent.recv(4096) == b""
+            assert time.monotonic() - begun < 5, "a handshake has its time, too"
+
+
+def test_a_user_that_this_machine_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no user is called 'nosuch'"):
+        Console(ConsoleSettings(f"unix:{tmp_path}/s", users=("nosuch",)), ToldHost())
+
+
+ASK = """
+import http.client, os, socket, sys
+os.setuid(int(sys.argv[3]))
+connection = http.client.HTTPConnection("localhost")
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.connect(sys.argv[1])
+connection.request("GET", sys.argv[2])
+answer = connection.getresponse()
+print(answer.status, answer.read().decode())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be other users")
+async def test_on_a_unix_socket_the_user_decides() -> None:
+    """Nobody shows a cookie or a token here: who is let in is seen by the kernel's word alone."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o711)
+        path = f"{directory}/console.sock"
+        console = Console(ConsoleSettings(f"unix:{path}", users=("4711",)), ToldHost())
+        console.bind()
+        task = asyncio.create_task(console.run())
+
+        async def ask(uid: int, what: str) -> str:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", ASK, path, what, str(uid), stdout=subprocess.PIPE
+            )
+            return (await process.communicate())[0].decode()
+
+        try:
+            for uid in (0, 4711):
+                assert (await ask(uid, "/api/state")).startswith("200")
+                assert '"token"' in await ask(uid, "/api/session")
+            for what in ("/", "/api/state", "/api/session", "/static/app.js"):
+                refused = await ask(4712, what)
+                assert refused.startswith("403")
+                assert "user id 4712" in refused
+                assert "console.users" in refused
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_a_unix_socket_is_for_its_owner_alone(tmp_path: Path) -> None:
-    import asyncio
-
-    from storaged.host.console.server import Console
-
     path = tmp_path / "console.sock"
     console = Console(ConsoleSettings(f"unix:{path}"), ToldHost())
     console.bind()

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from storaged.addresses import TcpAddress
 from storaged.errors import Kind, StoragedError
+from storaged.host.console.limits import Limits
 from storaged.host.console.server import Console
 from storaged.host.console.settings import ConsoleSettings
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
@@ -103,8 +104,8 @@ class ToldHost:
             await asyncio.sleep(min(interval_s, 0.1))
         raise StoragedError(self.down, Kind.UNAVAILABLE)
 
-    async def resize(self, guest: str, size: int) -> pb.Resize:
-        self.calls.append(("resize", guest, size))
+    async def resize(self, guest: str, size: int, *, allow_overcommit: bool = False) -> pb.Resize:
+        self.calls.append(("overcommit" if allow_overcommit else "resize", guest, size))
         if self.refuses is not None:
             raise self.refuses
         self.resizes = [running(guest, to_bytes=size)]
@@ -132,15 +133,17 @@ class ToldHost:
 
 
 class Served:
-    """A console in a thread of its own. `port`: where, on 127.0.0.1."""
+    """A console in a thread of its own. `port`: where, on 127.0.0.1. `cookie`: of one who has signed in by a link."""
 
-    def __init__(self, host: ToldHost, settings: ConsoleSettings | None = None) -> None:
+    def __init__(self, host: ToldHost, settings: ConsoleSettings | None = None, limits: Limits | None = None) -> None:
         self.host = host
-        self.console = Console(settings or ConsoleSettings("tcp:127.0.0.1:0"), host)
+        self._settings = settings or ConsoleSettings("tcp:127.0.0.1:0")
+        self.console = Console(self._settings, host, limits)
         self.console.bind()
         assert isinstance(self.console.address, TcpAddress)
         self.port = self.console.address.port
         self.url = self.console.url
+        self.cookie = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._ready = threading.Event()
@@ -159,6 +162,8 @@ class Served:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)
         try:
             sent = {name.replace("_", "-"): value for name, value in headers.items()}
+            if self.cookie:
+                sent.setdefault("cookie", self.cookie)
             data = None
             if body is not None:
                 data = json.dumps(body)
@@ -171,6 +176,12 @@ class Served:
             return answer.status, found, json.loads(text) if kind == "application/json" else {"text": text.decode()}
         finally:
             connection.close()
+
+    def sign_in(self) -> str:
+        """Follow a link as a browser does; the cookie."""
+        status, headers, _ = self.ask("GET", "/" + self.console.link().removeprefix(self.url))
+        assert status == 303
+        return headers["set-cookie"].partition(";")[0]
 
     def token(self) -> str:
         """What only our own page can read."""
@@ -187,7 +198,10 @@ class Served:
                 assert time.monotonic() < until
                 time.sleep(0.02)
             else:
-                return self
+                break
+        if not self._settings.token_file:
+            self.cookie = self.sign_in()
+        return self
 
     def __exit__(self, *_: object) -> None:
         if self._loop is not None and self._task is not None:

@@ -100,10 +100,12 @@ def test_a_size_that_it_has_is_asked_for_all_the_same(host: SimulatedHost) -> No
     [
         (("resize", "web", "1G"), 1, "cannot shrink to 1.00 GiB"),
         (("resize", "nobody", "1G"), 1, "known: build, ci, db, desktop, mail, web"),
+        (("resize", "web", "90T"), 1, "sharing.overcommit_limit"),
+        (("resize", "90T", "--allow-overcommit"), 2, "with NAME"),
         (("resize", "mail", "60G"), 2, "a shrink needs a yes"),
         (("resize", "web", "much"), 2, "argument SIZE"),
         (("resize", "web", "1G", "2G"), 2, "NAME and SIZE are accepted"),
-        (("cancel", "web"), 1, "nothing to cancel"),
+        (("cancel", "web"), 1, "nothing was cancelled"),
         (("--host", "unix:/none/such", "guests"), 1, "cannot reach storaged-host at unix:/none/such"),
         (("--host", "tcp:192.0.2.1:1", "guests"), 2, "a unix socket, or a loopback address"),
     ],

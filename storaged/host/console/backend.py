@@ -44,12 +44,12 @@ class Backend(Protocol):
         """A report at once and after every change; ends with an error."""
         ...
 
-    async def resize(self, guest: str, size: int) -> pb.Resize:
+    async def resize(self, guest: str, size: int, *, allow_overcommit: bool = False) -> pb.Resize:
         """Begin a resize."""
         ...
 
     async def cancel(self, guest: str, resize: str) -> pb.Resize:
-        """Ask the resize with this id to stop; without one, the guest's."""
+        """Ask the guest's resize with this id to stop; without one, the guest's."""
         ...
 
     async def close(self) -> None:
@@ -79,15 +79,15 @@ class GrpcBackend:
             raise _explained(error) from None
         raise StoragedError("storaged-host has ended the connection", Kind.UNAVAILABLE)
 
-    async def resize(self, guest: str, size: int) -> pb.Resize:
+    async def resize(self, guest: str, size: int, *, allow_overcommit: bool = False) -> pb.Resize:
         try:
-            request = pb.ResizeRequest(guest=guest, size_bytes=size)
+            request = pb.ResizeRequest(guest=guest, size_bytes=size, allow_overcommit=allow_overcommit)
             return (await self._host.Resize(request, timeout=ANSWER_WITHIN_S)).resize
         except grpc.aio.AioRpcError as error:
             raise _explained(error) from None
 
     async def cancel(self, guest: str, resize: str) -> pb.Resize:
-        request = pb.CancelResizeRequest(id=resize) if resize else pb.CancelResizeRequest(guest=guest)
+        request = pb.CancelResizeRequest(id=resize, guest=guest)
         try:
             return (await self._host.CancelResize(request, timeout=ANSWER_WITHIN_S)).resize
         except grpc.aio.AioRpcError as error:

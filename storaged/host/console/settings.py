@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import stat
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from storaged.addresses import Address, TcpAddress, VsockAddress, parse_address
+from storaged.addresses import Address, TcpAddress, UnixAddress, VsockAddress, parse_address
 from storaged.errors import ConfigError
 
 LEAST_TOKEN = 20
 """Characters below which a token could be guessed."""
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?", re.ASCII)
 
 
@@ -25,6 +27,9 @@ class ConsoleSettings:
         default=(), metadata={"help": "Host names by which browsers come, besides localhost and where it listens."}
     )
     token_file: str = field(default="", metadata={"help": "File with the token that lets people in, mode 0600."})
+    users: tuple[str, ...] = field(
+        default=(), metadata={"help": "Users, by name or number, let in on a unix socket besides root and our own."}
+    )
     certificate: str = field(default="", metadata={"help": "Our certificate, PEM."})
     key: str = field(default="", metadata={"help": "Its key, PEM."})
 
@@ -48,12 +53,14 @@ def parse(table: Any) -> ConsoleSettings:
     for key, value in table.items():
         if key not in known:
             raise ConfigError(f"unknown key console.{key}; known: {', '.join(known)}")
-        values[key] = _names(value) if key == "names" else _text(key, value)
+        values[key] = _LISTS[key](value) if key in _LISTS else _text(key, value)
     settings = ConsoleSettings(**values)
     for key in ("token_file", "certificate", "key"):
         path = getattr(settings, key)
         if path and not path.startswith("/"):
             raise ConfigError(f"console.{key} = {path!r}: a path from the root is accepted")
+    if settings.users and not isinstance(settings.address, UnixAddress):
+        raise ConfigError("console.users needs console.listen = unix:/path: only there the kernel says who connects")
     if bool(settings.certificate) != bool(settings.key):
         raise ConfigError("console.certificate and console.key belong together")
     _guarded(settings)
@@ -70,6 +77,28 @@ def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and _HOST.fullmatch(name) for name in value):
         raise ConfigError(f"console.names = {value!r}: a list of host names is accepted")
     return tuple(name.lower() for name in value)
+
+
+def _users(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(
+        isinstance(user, str | int) and _USER.fullmatch(str(user)) for user in value
+    ):
+        raise ConfigError(f"console.users = {value!r}: a list of users' names or numbers is accepted")
+    return tuple(str(user) for user in value)
+
+
+_LISTS = {"names": _names, "users": _users}
+
+
+def read_users(users: tuple[str, ...]) -> list[int]:
+    """Their numbers. Raises ConfigError for a name that this machine does not know."""
+    found = []
+    for user in users:
+        try:
+            found.append(int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid)
+        except KeyError as error:
+            raise ConfigError(f"console.users: no user is called {user!r}") from error
+    return found
 
 
 def _guarded(settings: ConsoleSettings) -> None:

@@ -71,6 +71,8 @@ def pool(found: pb.Pool, now: float) -> Json:
         "seen_at": _since(found, "age_s", now),
         "unreadable": found.unreadable_reason,
         "guests": found.guest_count,
+        "sizes": _known(found, "sizes_bytes"),
+        "sizes_limit": _known(found, "sizes_limit_bytes"),
     }
 
 

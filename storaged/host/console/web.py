@@ -1,30 +1,27 @@
-"""The console's pages and what they call, as an ASGI application."""
+"""The console as an ASGI application: who may ask at all, the headers of every answer, errors as statuses."""
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Callable
 from http import HTTPStatus
-from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from storaged.errors import InvalidRequest, Kind, StoragedError
-from storaged.host.console import view
+from storaged.errors import Kind, StoragedError
 from storaged.host.console.backend import Backend
-from storaged.host.console.guard import SESSION_S, Door, Refusal, Sessions
+from storaged.host.console.connections import details
+from storaged.host.console.guard import Codes, Door, Refusal, Sessions
 from storaged.host.console.hub import Hub
-from storaged.units import MAX_SIZE
+from storaged.host.console.limits import Streams
+from storaged.host.console.pages import Pages, cookie_name
+from storaged.quiet import RefusalLog
 
-STATIC = Path(__file__).resolve().parent / "static"
-MOST_BODY = 4096
+HOW = "sign in: `storagectl console`, on the host, prints a link; scripts send the token of console.token_file"
 _STATUS = {
     Kind.INVALID: HTTPStatus.BAD_REQUEST,
     Kind.OUT_OF_RANGE: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -49,10 +46,13 @@ _HEADERS = {
 class Guarded:
     """Before anything else: is it our name, our page, somebody who may? After: headers that keep the page ours."""
 
-    def __init__(self, app: ASGIApp, door: Door, sessions: Sessions, *, tls: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, door: Door, known: Callable[[Request], bool], refusals: RefusalLog, *, tls: bool
+    ) -> None:
         self._app = app
         self._door = door
-        self._sessions = sessions
+        self._known = known
+        self._refusals = refusals
         self._tls = tls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,107 +69,48 @@ class Guarded:
             await send(message)
 
         refusal = self._refuses(Request(scope))
-        app = self._app if refusal is None else _refused(refusal)
+        app = self._app
+        if refusal is not None:
+            peer, _ = details(scope)
+            self._refusals.note(peer, refusal.reason, f"console: {peer}: {refusal.why}")
+            app = _refused(refusal)
         await app(scope, receive, dressed)
 
     def _refuses(self, request: Request) -> Refusal | None:
         headers, path = request.headers, request.url.path
-        refusal = self._door.stranger(headers.get("host", "")) or self._door.foreign(request.method, headers)
-        if refusal is not None or not path.startswith("/api/"):
+        _, uid = details(request.scope)
+        refusal = (
+            self._door.other_user(uid)
+            or self._door.stranger(headers.get("host", ""))
+            or self._door.foreign(request.method, headers)
+        )
+        if refusal is not None or not path.startswith("/api/") or path in ("/api/session", "/api/login"):
             return refusal
-        if path not in ("/api/session", "/api/login") and not self.known(request):
-            return Refusal(HTTPStatus.UNAUTHORIZED, "sign in with the console's token")
+        if not self._known(request):
+            return Refusal(HTTPStatus.UNAUTHORIZED, HOW, "not signed in")
         if request.method not in ("GET", "HEAD"):
             return self._door.unproven(headers)
         return None
-
-    def known(self, request: Request) -> bool:
-        """May whoever asks see and do everything?"""
-        if not self._door.token or self._door.bears(request.headers):
-            return True
-        return self._sessions.lasts(request.cookies.get(cookie_name(tls=self._tls), ""), time.monotonic())
-
-
-def cookie_name(*, tls: bool) -> str:
-    """With TLS the browser itself sees to it that no other host can have set it."""
-    return "__Host-storaged" if tls else "storaged"
 
 
 def _refused(refusal: Refusal) -> Response:
     return JSONResponse({"error": refusal.why}, refusal.status)
 
 
-def application(hub: Hub, backend: Backend, door: Door, *, tls: bool) -> ASGIApp:
+def application(
+    hub: Hub, backend: Backend, door: Door, codes: Codes, streams: Streams, refusals: RefusalLog, *, tls: bool
+) -> ASGIApp:
     """Everything that a browser can ask."""
     sessions = Sessions()
-    cookie = cookie_name(tls=tls)
 
-    async def page(_: Request) -> Response:
-        return FileResponse(STATIC / "index.html")
+    def known(request: Request) -> bool:
+        if door.trusts_user or door.bears(request.headers):
+            return True
+        return sessions.lasts(request.cookies.get(cookie_name(request.scope), ""), time.monotonic())
 
-    async def session(request: Request) -> Response:
-        return JSONResponse(
-            {"token": door.page_token, "login": not guarded.known(request), "logout": bool(door.token)},
-            headers={"cache-control": "no-store"},
-        )
-
-    async def login(request: Request) -> Response:
-        if not door.opens(str((await _body(request)).get("token", ""))):
-            return JSONResponse({"error": "that is not the console's token"}, HTTPStatus.UNAUTHORIZED)
-        answer = JSONResponse({})
-        answer.set_cookie(
-            cookie,
-            sessions.begin(time.monotonic()),
-            int(SESSION_S),
-            path="/",
-            secure=tls,
-            httponly=True,
-            samesite="strict",
-        )
-        return answer
-
-    async def logout(request: Request) -> Response:
-        sessions.end(request.cookies.get(cookie, ""))
-        answer = JSONResponse({})
-        answer.delete_cookie(cookie, path="/", secure=tls, httponly=True, samesite="strict")
-        return answer
-
-    async def state(_: Request) -> Response:
-        return JSONResponse(hub.state(), headers={"cache-control": "no-store"})
-
-    async def events(_: Request) -> Response:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(hub.events(), media_type="text/event-stream", headers=headers)
-
-    async def resize(request: Request) -> Response:
-        size = (await _body(request)).get("size")
-        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= MAX_SIZE:
-            raise InvalidRequest("size: a whole number of bytes above 0 is accepted")
-        begun = await backend.resize(request.path_params["name"], size)
-        return JSONResponse(view.resize(begun), HTTPStatus.ACCEPTED)
-
-    async def cancel(request: Request) -> Response:
-        which = (await _body(request)).get("id", "")
-        if not isinstance(which, str):
-            raise InvalidRequest("id: a resize's id is accepted")
-        return JSONResponse(view.resize(await backend.cancel(request.path_params["name"], which)), HTTPStatus.ACCEPTED)
-
-    app = Starlette(
-        routes=[
-            Route("/", page),
-            Route("/api/session", session),
-            Route("/api/login", login, methods=["POST"]),
-            Route("/api/logout", logout, methods=["POST"]),
-            Route("/api/state", state),
-            Route("/api/events", events),
-            Route("/api/guests/{name}/resize", resize, methods=["POST"]),
-            Route("/api/guests/{name}/cancel", cancel, methods=["POST"]),
-            Mount("/static", StaticFiles(directory=STATIC)),
-        ],
-        exception_handlers={StoragedError: _failed},
-    )
-    guarded = Guarded(app, door, sessions, tls=tls)
-    return guarded
+    pages = Pages(hub, backend, door, codes, streams, refusals, sessions, known)
+    app = Starlette(routes=pages.routes(), exception_handlers={StoragedError: _failed, ClientDisconnect: _left})
+    return Guarded(app, door, known, refusals, tls=tls)
 
 
 async def _failed(_: Request, error: Exception) -> Response:
@@ -177,19 +118,5 @@ async def _failed(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.message}, _STATUS.get(error.kind, HTTPStatus.INTERNAL_SERVER_ERROR))
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """The request's JSON object. Raises InvalidRequest."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise InvalidRequest("content-type: application/json is accepted")
-    text = b""
-    async for chunk in request.stream():
-        text += chunk
-        if len(text) > MOST_BODY:
-            raise InvalidRequest(f"body: at most {MOST_BODY} bytes are accepted")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("body: a JSON object is accepted") from error
-    if not isinstance(value, dict):
-        raise InvalidRequest("body: a JSON object is accepted")
-    return value
+async def _left(_: Request, __: Exception) -> Response:
+    return Response(status_code=HTTPStatus.BAD_REQUEST)  # which nobody reads

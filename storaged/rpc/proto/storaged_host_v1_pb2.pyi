@@ -213,18 +213,22 @@ class ResizeRequest(_message.Message):
 
     GUEST_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    ALLOW_OVERCOMMIT_FIELD_NUMBER: _builtins.int
     guest: _builtins.str
     size_bytes: _builtins.int
     """Rounded down to 4096."""
+    allow_overcommit: _builtins.bool
+    """Grow also beyond `Pool.sizes_limit_bytes`."""
     def __init__(
         self,
         *,
         guest: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        allow_overcommit: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_overcommit", b"allow_overcommit", "guest", b"guest", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -257,7 +261,9 @@ class CancelResizeRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     GUEST_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Either the resize, or the guest whose resize is meant."""
+    """The resize, or the guest whose resize is meant. When both are named, they
+    must agree.
+    """
     guest: _builtins.str
     def __init__(
         self,
@@ -357,6 +363,49 @@ class WatchRequest(_message.Message):
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
 @_typing.final
+class GetConsoleLinkRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConsoleLinkRequest: _TypeAlias = GetConsoleLinkRequest  # noqa: Y015
+
+@_typing.final
+class GetConsoleLinkResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINK_FIELD_NUMBER: _builtins.int
+    EXPIRES_IN_S_FIELD_NUMBER: _builtins.int
+    link: _builtins.str
+    """As in `http://127.0.0.1:8800/login?code=...`; `unix:/path` where the user
+    at the other end is enough, and nobody has to sign in.
+    """
+    expires_in_s: _builtins.float
+    """Seconds for which it is good; absent where it always is."""
+    def __init__(
+        self,
+        *,
+        link: _builtins.str = ...,
+        expires_in_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_in_s", b"_expires_in_s", "expires_in_s", b"expires_in_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_in_s", b"_expires_in_s", "expires_in_s", b"expires_in_s", "link", b"link"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expires_in_s: _TypeAlias = _typing.Literal["expires_in_s"]  # noqa: Y015
+    _WhichOneofArgType__expires_in_s: _TypeAlias = _typing.Literal["_expires_in_s", b"_expires_in_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_in_s) -> _WhichOneofReturnType__expires_in_s | None: ...
+
+Global___GetConsoleLinkResponse: _TypeAlias = GetConsoleLinkResponse  # noqa: Y015
+
+@_typing.final
 class PressurePoint(_message.Message):
     """What the pool was like at one time; about one a second at most, older ones
     are thinned out.
@@ -412,6 +461,8 @@ class Pool(_message.Message):
     UNREADABLE_REASON_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
     GUEST_COUNT_FIELD_NUMBER: _builtins.int
+    SIZES_BYTES_FIELD_NUMBER: _builtins.int
+    SIZES_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     path: _builtins.str
     total_bytes: _builtins.int
@@ -436,6 +487,12 @@ class Pool(_message.Message):
     unreadable_reason: _builtins.str
     """Why it cannot be read, or is not to be used; empty when it can be."""
     guest_count: _builtins.int
+    sizes_bytes: _builtins.int
+    """Sizes of all guests' disks in sum, those of resizes under way included,
+    and the most that a resize may bring this to (`overcommit_limit` times
+    the size of what is under the pool). Absent when not known.
+    """
+    sizes_limit_bytes: _builtins.int
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___PressurePoint]:
         """oldest first"""
@@ -459,10 +516,12 @@ class Pool(_message.Message):
         unreadable_reason: _builtins.str = ...,
         history: _abc.Iterable[Global___PressurePoint] | None = ...,
         guest_count: _builtins.int = ...,
+        sizes_bytes: _builtins.int | None = ...,
+        sizes_limit_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "_exhausted_in_s", b"_exhausted_in_s", "_free_bytes", b"_free_bytes", "_promise_holds", b"_promise_holds", "_total_bytes", b"_total_bytes", "age_s", b"age_s", "exhausted_in_s", b"exhausted_in_s", "free_bytes", b"free_bytes", "promise_holds", b"promise_holds", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "_exhausted_in_s", b"_exhausted_in_s", "_free_bytes", b"_free_bytes", "_promise_holds", b"_promise_holds", "_sizes_bytes", b"_sizes_bytes", "_sizes_limit_bytes", b"_sizes_limit_bytes", "_total_bytes", b"_total_bytes", "age_s", b"age_s", "exhausted_in_s", b"exhausted_in_s", "free_bytes", b"free_bytes", "promise_holds", b"promise_holds", "sizes_bytes", b"sizes_bytes", "sizes_limit_bytes", b"sizes_limit_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "_exhausted_in_s", b"_exhausted_in_s", "_free_bytes", b"_free_bytes", "_promise_holds", b"_promise_holds", "_total_bytes", b"_total_bytes", "age_s", b"age_s", "exhausted_in_s", b"exhausted_in_s", "fall_bytes_per_s", b"fall_bytes_per_s", "free_bytes", b"free_bytes", "guest_count", b"guest_count", "history", b"history", "level", b"level", "name", b"name", "outside_bytes_per_s", b"outside_bytes_per_s", "path", b"path", "promise_holds", b"promise_holds", "promised_bytes", b"promised_bytes", "reserve_bytes", b"reserve_bytes", "total_bytes", b"total_bytes", "unbound_bytes", b"unbound_bytes", "unreadable_reason", b"unreadable_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "_exhausted_in_s", b"_exhausted_in_s", "_free_bytes", b"_free_bytes", "_promise_holds", b"_promise_holds", "_sizes_bytes", b"_sizes_bytes", "_sizes_limit_bytes", b"_sizes_limit_bytes", "_total_bytes", b"_total_bytes", "age_s", b"age_s", "exhausted_in_s", b"exhausted_in_s", "fall_bytes_per_s", b"fall_bytes_per_s", "free_bytes", b"free_bytes", "guest_count", b"guest_count", "history", b"history", "level", b"level", "name", b"name", "outside_bytes_per_s", b"outside_bytes_per_s", "path", b"path", "promise_holds", b"promise_holds", "promised_bytes", b"promised_bytes", "reserve_bytes", b"reserve_bytes", "sizes_bytes", b"sizes_bytes", "sizes_limit_bytes", b"sizes_limit_bytes", "total_bytes", b"total_bytes", "unbound_bytes", b"unbound_bytes", "unreadable_reason", b"unreadable_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__age_s: _TypeAlias = _typing.Literal["age_s"]  # noqa: Y015
     _WhichOneofArgType__age_s: _TypeAlias = _typing.Literal["_age_s", b"_age_s"]  # noqa: Y015
@@ -472,6 +531,10 @@ class Pool(_message.Message):
     _WhichOneofArgType__free_bytes: _TypeAlias = _typing.Literal["_free_bytes", b"_free_bytes"]  # noqa: Y015
     _WhichOneofReturnType__promise_holds: _TypeAlias = _typing.Literal["promise_holds"]  # noqa: Y015
     _WhichOneofArgType__promise_holds: _TypeAlias = _typing.Literal["_promise_holds", b"_promise_holds"]  # noqa: Y015
+    _WhichOneofReturnType__sizes_bytes: _TypeAlias = _typing.Literal["sizes_bytes"]  # noqa: Y015
+    _WhichOneofArgType__sizes_bytes: _TypeAlias = _typing.Literal["_sizes_bytes", b"_sizes_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__sizes_limit_bytes: _TypeAlias = _typing.Literal["sizes_limit_bytes"]  # noqa: Y015
+    _WhichOneofArgType__sizes_limit_bytes: _TypeAlias = _typing.Literal["_sizes_limit_bytes", b"_sizes_limit_bytes"]  # noqa: Y015
     _WhichOneofReturnType__total_bytes: _TypeAlias = _typing.Literal["total_bytes"]  # noqa: Y015
     _WhichOneofArgType__total_bytes: _TypeAlias = _typing.Literal["_total_bytes", b"_total_bytes"]  # noqa: Y015
     @_typing.overload
@@ -482,6 +545,10 @@ class Pool(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__free_bytes) -> _WhichOneofReturnType__free_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__promise_holds) -> _WhichOneofReturnType__promise_holds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sizes_bytes) -> _WhichOneofReturnType__sizes_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sizes_limit_bytes) -> _WhichOneofReturnType__sizes_limit_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__total_bytes) -> _WhichOneofReturnType__total_bytes | None: ...
 

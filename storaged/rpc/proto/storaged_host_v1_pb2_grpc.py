@@ -64,6 +64,11 @@ class HostStub:
                 request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.WatchRequest.SerializeToString,
                 response_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.Report.FromString,
                 _registered_method=True)
+        self.GetConsoleLink = channel.unary_unary(
+                '/storaged.host.v1.Host/GetConsoleLink',
+                request_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.GetConsoleLinkRequest.SerializeToString,
+                response_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.GetConsoleLinkResponse.FromString,
+                _registered_method=True)
 
 
 class HostServicer:
@@ -92,7 +97,9 @@ class HostServicer:
         INVALID_ARGUMENT for a size that can never be, NOT_FOUND for a guest that
         is not known, ABORTED while a resize of it runs, OUT_OF_RANGE below its
         minimum, FAILED_PRECONDITION when the guest or its image cannot do it now,
-        UNAVAILABLE when the guest or its machine does not answer.
+        or when it would promise more than `Pool.sizes_limit_bytes` without
+        `allow_overcommit`, UNAVAILABLE when the guest or its machine does not
+        answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,7 +108,8 @@ class HostServicer:
     def CancelResize(self, request, context):
         """Asks a running resize to stop. Answers at once; the resize ends by itself
         in RESIZE_CANCELLED, or in RESIZE_DONE when it was too late.
-        NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended.
+        NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended,
+        or when `id` is a resize of another guest than `guest`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +127,16 @@ class HostServicer:
     def Watch(self, request, context):
         """One Report at once, then one after every change, no more often than the
         requested interval. Ends only when either side ends it.
+        ABORTED when too many are watching already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetConsoleLink(self, request, context):
+        """A link that signs a browser in to the console, once and for ten minutes.
+        Served to whoever may open this socket. FAILED_PRECONDITION when there is
+        no console.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,6 +174,11 @@ def add_HostServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.WatchRequest.FromString,
                     response_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.Report.SerializeToString,
+            ),
+            'GetConsoleLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConsoleLink,
+                    request_deserializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.GetConsoleLinkRequest.FromString,
+                    response_serializer=storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.GetConsoleLinkResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -320,6 +343,33 @@ class Host:
             '/storaged.host.v1.Host/Watch',
             storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.WatchRequest.SerializeToString,
             storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.Report.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConsoleLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/storaged.host.v1.Host/GetConsoleLink',
+            storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.GetConsoleLinkRequest.SerializeToString,
+            storaged_dot_rpc_dot_proto_dot_storaged__host__v1__pb2.GetConsoleLinkResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,12 +51,15 @@ class HostStub:
     INVALID_ARGUMENT for a size that can never be, NOT_FOUND for a guest that
     is not known, ABORTED while a resize of it runs, OUT_OF_RANGE below its
     minimum, FAILED_PRECONDITION when the guest or its image cannot do it now,
-    UNAVAILABLE when the guest or its machine does not answer.
+    or when it would promise more than `Pool.sizes_limit_bytes` without
+    `allow_overcommit`, UNAVAILABLE when the guest or its machine does not
+    answer.
     """
     CancelResize: _grpc.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.CancelResizeRequest, _storaged_host_v1_pb2.CancelResizeResponse]
     """Asks a running resize to stop. Answers at once; the resize ends by itself
     in RESIZE_CANCELLED, or in RESIZE_DONE when it was too late.
-    NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended.
+    NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended,
+    or when `id` is a resize of another guest than `guest`.
     """
     LiftFence: _grpc.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.LiftFenceRequest, _storaged_host_v1_pb2.LiftFenceResponse]
     """Gives a guest that exceeded its grant its share again before its time.
@@ -66,6 +69,12 @@ class HostStub:
     Watch: _grpc.UnaryStreamMultiCallable[_storaged_host_v1_pb2.WatchRequest, _storaged_host_v1_pb2.Report]
     """One Report at once, then one after every change, no more often than the
     requested interval. Ends only when either side ends it.
+    ABORTED when too many are watching already.
+    """
+    GetConsoleLink: _grpc.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.GetConsoleLinkRequest, _storaged_host_v1_pb2.GetConsoleLinkResponse]
+    """A link that signs a browser in to the console, once and for ten minutes.
+    Served to whoever may open this socket. FAILED_PRECONDITION when there is
+    no console.
     """
 
 @_typing.type_check_only
@@ -86,12 +95,15 @@ class HostAsyncStub(HostStub):
     INVALID_ARGUMENT for a size that can never be, NOT_FOUND for a guest that
     is not known, ABORTED while a resize of it runs, OUT_OF_RANGE below its
     minimum, FAILED_PRECONDITION when the guest or its image cannot do it now,
-    UNAVAILABLE when the guest or its machine does not answer.
+    or when it would promise more than `Pool.sizes_limit_bytes` without
+    `allow_overcommit`, UNAVAILABLE when the guest or its machine does not
+    answer.
     """
     CancelResize: _aio.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.CancelResizeRequest, _storaged_host_v1_pb2.CancelResizeResponse]  # type: ignore[assignment]
     """Asks a running resize to stop. Answers at once; the resize ends by itself
     in RESIZE_CANCELLED, or in RESIZE_DONE when it was too late.
-    NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended.
+    NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended,
+    or when `id` is a resize of another guest than `guest`.
     """
     LiftFence: _aio.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.LiftFenceRequest, _storaged_host_v1_pb2.LiftFenceResponse]  # type: ignore[assignment]
     """Gives a guest that exceeded its grant its share again before its time.
@@ -101,6 +113,12 @@ class HostAsyncStub(HostStub):
     Watch: _aio.UnaryStreamMultiCallable[_storaged_host_v1_pb2.WatchRequest, _storaged_host_v1_pb2.Report]  # type: ignore[assignment]
     """One Report at once, then one after every change, no more often than the
     requested interval. Ends only when either side ends it.
+    ABORTED when too many are watching already.
+    """
+    GetConsoleLink: _aio.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.GetConsoleLinkRequest, _storaged_host_v1_pb2.GetConsoleLinkResponse]  # type: ignore[assignment]
+    """A link that signs a browser in to the console, once and for ten minutes.
+    Served to whoever may open this socket. FAILED_PRECONDITION when there is
+    no console.
     """
 
 class HostServicer(metaclass=_abc_1.ABCMeta):
@@ -136,7 +154,9 @@ class HostServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT for a size that can never be, NOT_FOUND for a guest that
         is not known, ABORTED while a resize of it runs, OUT_OF_RANGE below its
         minimum, FAILED_PRECONDITION when the guest or its image cannot do it now,
-        UNAVAILABLE when the guest or its machine does not answer.
+        or when it would promise more than `Pool.sizes_limit_bytes` without
+        `allow_overcommit`, UNAVAILABLE when the guest or its machine does not
+        answer.
         """
 
     @_abc_1.abstractmethod
@@ -147,7 +167,8 @@ class HostServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_storaged_host_v1_pb2.CancelResizeResponse, _abc.Awaitable[_storaged_host_v1_pb2.CancelResizeResponse]]:
         """Asks a running resize to stop. Answers at once; the resize ends by itself
         in RESIZE_CANCELLED, or in RESIZE_DONE when it was too late.
-        NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended.
+        NOT_FOUND when there is no such resize, FAILED_PRECONDITION when it ended,
+        or when `id` is a resize of another guest than `guest`.
         """
 
     @_abc_1.abstractmethod
@@ -169,6 +190,18 @@ class HostServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_storaged_host_v1_pb2.Report], _abc.AsyncIterator[_storaged_host_v1_pb2.Report]]:
         """One Report at once, then one after every change, no more often than the
         requested interval. Ends only when either side ends it.
+        ABORTED when too many are watching already.
+        """
+
+    @_abc_1.abstractmethod
+    def GetConsoleLink(
+        self,
+        request: _storaged_host_v1_pb2.GetConsoleLinkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storaged_host_v1_pb2.GetConsoleLinkResponse, _abc.Awaitable[_storaged_host_v1_pb2.GetConsoleLinkResponse]]:
+        """A link that signs a browser in to the console, once and for ten minutes.
+        Served to whoever may open this socket. FAILED_PRECONDITION when there is
+        no console.
         """
 
 def add_HostServicer_to_server(servicer: HostServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -35,7 +35,8 @@ export async function post(path, body = {}) {
   return answer.json();
 }
 
-// Calls `heard` with every event, `silent` when the line is dead, `stranger` when somebody has to sign in (again).
+// Calls `heard` with every event, `silent` when the line is dead (with a reason if there is one), `stranger` with what
+// the session says when somebody has to sign in (again).
 export function listen({ heard, silent, stranger }) {
   let source, timer;
   const wait = () => {
@@ -52,7 +53,12 @@ export function listen({ heard, silent, stranger }) {
   };
   const open = async () => {
     try {
-      if ((await session()).login) return stranger();
+      const said = await session();
+      if (said.login) return stranger(said);
+      if (said.full) {
+        silent(said.full);
+        return again();
+      }
     } catch {
       silent();
       return again();

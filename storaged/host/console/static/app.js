@@ -9,7 +9,7 @@ const by = (id) => document.getElementById(id);
 const pools = new Map(), guests = new Map(), known = new Map();
 const FILTER_FROM = 9;
 let said = { time: null, lost: "" };
-let silentSince = null;
+let silentSince = null, silentWhy = "";
 let connected = false;
 
 function say(text) {
@@ -83,7 +83,7 @@ function filter() {
 function status() {
   const since = said.time === null ? "" : `from ${clock(said.time)}`;
   const why = silentSince !== null
-    ? "the console does not answer: is storaged-host running, and the network up?"
+    ? silentWhy || "the console does not answer: is storaged-host running, and the network up?"
     : said.lost;
   const banner = by("lost");
   const text = why ? `${since ? `These numbers are old, ${since}: ` : ""}${why}. Trying again every few seconds.`.replace(/[?.]\./, "? ") : "";
@@ -102,15 +102,17 @@ function status() {
 function start() {
   listen({
     heard,
-    silent: () => {
+    silent: (why = "") => {
       silentSince ??= Date.now();
+      silentWhy = why;
       status();
     },
     stranger: signIn,
   });
 }
 
-function signIn() {
+function signIn(session) {
+  if (!session.by_token) return location.reload(); // to the page that says how
   by("console").hidden = true;
   by("login").hidden = false;
   by("news").textContent = "Signed out";

@@ -47,6 +47,7 @@ export class GuestCard {
       event.preventDefault();
       this.begin();
     });
+    this.find(".allow").addEventListener("change", () => this.effect());
     this.find(".cancel").addEventListener("click", () => this.cancel());
   }
 
@@ -189,9 +190,23 @@ export class GuestCard {
     this.find("output").textContent = size(target);
     this.find(".effect").textContent = text;
     this.find(".slider").setAttribute("aria-valuetext", by === 0 ? `${size(target)}, as now` : `${size(target)}, ${text}`);
+    const over = this.over(target);
+    this.find(".over").hidden = !over;
+    this.find(".over span").textContent = over;
+    if (!over) this.find(".allow").checked = false;
     const button = this.find("form button");
     button.textContent = by === 0 ? `Choose another size for ${this.name}` : `${verb} ${this.name} to ${size(target)}`;
-    enable(button, !this.lost && !this.asking && by !== 0 && target >= this.least);
+    enable(button, !this.lost && !this.asking && by !== 0 && target >= this.least && (!over || this.find(".allow").checked));
+  }
+
+  // What a person has to agree to when the pool's guests would be promised more than its limit; empty when they would not.
+  over(target) {
+    const { guest, pool } = this;
+    const has = Math.max(guest.logical, this.now);
+    if (!pool || pool.sizes_limit === null || target <= has) return "";
+    const sum = pool.sizes - has + target;
+    if (sum <= pool.sizes_limit) return "";
+    return `All guests of ${pool.name} would be promised ${size(sum)}; its limit is ${size(pool.sizes_limit)}. Promise more all the same`;
   }
 
   async begin() {
@@ -201,7 +216,7 @@ export class GuestCard {
     this.asking = true;
     enable(this.find("form button"), false);
     try {
-      const job = await post(`/api/guests/${encodeURIComponent(this.name)}/resize`, { size: this.target });
+      const job = await post(`/api/guests/${encodeURIComponent(this.name)}/resize`, { size: this.target, allow_overcommit: this.find(".allow").checked });
       this.target = null;
       this.find(".exact").value = "";
       this.say(`The resize of ${this.name} to ${size(job.to)} has begun`);
