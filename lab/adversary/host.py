@@ -6,9 +6,10 @@ import contextlib
 import os
 import random
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -34,6 +35,8 @@ class Pool:
     path: Path
     size: int
     figures: Figures
+    starting: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the controller starts, which needs every image in its place."""
 
     def free(self) -> int:
         """Bytes that are free."""
@@ -80,17 +83,18 @@ def copy(pool: Pool, dice: random.Random) -> None:
     path.unlink(missing_ok=True)
 
 
-def kill(host: HostDaemon, daemons: Mapping[str, Daemon], dice: random.Random, figures: Figures) -> None:
+def kill(host: HostDaemon, daemons: Mapping[str, Daemon], dice: random.Random, pool: Pool) -> None:
     """End the controller, or one guest's daemon, as a crash does; it comes back soon."""
     if dice.random() < 0.5:
-        host.end()
-        figures.kills["controller"] += 1
-        time.sleep(dice.uniform(0, 1.5))
-        host.start()
+        with pool.starting:
+            host.end()
+            pool.figures.kills["controller"] += 1
+            time.sleep(dice.uniform(0, 1.5))
+            host.start()
     else:
         daemon = daemons[dice.choice(sorted(daemons))]
         daemon.kill()
-        figures.kills["daemon"] += 1
+        pool.figures.kills["daemon"] += 1
         time.sleep(dice.uniform(0, 1.5))
         daemon.start()
 
@@ -119,16 +123,17 @@ def lose_pid_file(path: Path, dice: random.Random, figures: Figures) -> None:
     path.write_text(text, encoding="ascii")
 
 
-def move_image(image: Path, dice: random.Random, figures: Figures) -> None:
+def move_image(image: Path, dice: random.Random, pool: Pool) -> None:
     """Move the image of a guest that runs, and back."""
     time.sleep(dice.uniform(15, 30))
     away = image.with_suffix(".moved")
-    image.rename(away)
-    figures.did["images moved"] += 1
-    try:
-        time.sleep(dice.uniform(1, 4))
-    finally:
-        away.rename(image)
+    with pool.starting:
+        image.rename(away)
+        pool.figures.did["images moved"] += 1
+        try:
+            time.sleep(dice.uniform(1, 4))
+        finally:
+            away.rename(image)
 
 
 @contextlib.contextmanager

@@ -225,7 +225,7 @@ class _Storm:
         if "pid-file" in self.attackers:
             works.append(lambda dice: hosts.lose_pid_file(directory / "a.pid", dice, figures))
         if "moved-image" in self.attackers:
-            works.append(lambda dice: hosts.move_image(self.guests["b"].image, dice, figures))
+            works.append(lambda dice: hosts.move_image(self.guests["b"].image, dice, pool))
         return [_diced(work, random.Random(self.dice.random())) for work in works]
 
     def _watch(self, applications: dict[str, list[Application]], ends: Callable[[], bool]) -> None:
@@ -238,7 +238,7 @@ class _Storm:
             figures.host_full += free == 0
             now = time.monotonic()
             if self.host is not None and now >= kill_at:
-                hosts.kill(self.host, self.daemons, self.dice, figures)
+                hosts.kill(self.host, self.daemons, self.dice, self.pool)
                 fairness.forget()
                 kill_at = time.monotonic() + self.dice.uniform(2, 8)
             if self.host is not None and now >= look_at:
