@@ -44,12 +44,12 @@ def in_hindsight(workload: Workload) -> int:
 
 def denied(workload: Workload) -> int:
     """Bytes denied by a sharer that knows every demand: no promise lies idle, nothing is held back, and it denies
-    only when the disk is full to the last byte."""
+    only when the disk is full but for what no sharer can hand out."""
     leaves: dict[int, int] = {}
     held = lost = 0
     for step in range(workload.steps):
         held -= leaves.pop(step, 0)
-        room = workload.room - workload.outside[step]
+        room = workload.room - workload.spoken_for - workload.outside[step]
         for _, size, until in workload.wants[step]:
             gets = max(min(size, room - held), 0)
             lost += size - gets

@@ -28,11 +28,12 @@ class Sharer(Protocol):
 
 @dataclass(slots=True)
 class Vm:
-    """A guest; `allowed` is what applications in it can still write."""
+    """A guest; `allowed` is what applications in it can still write, `beyond` what they can write besides."""
 
     plan: Plan
     image: int
     allowed: int = 0
+    beyond: int = 0
     told: bool = False  # before the first word its applications have not started
     runs: bool = False
     sleeps: bool = False
@@ -60,7 +61,7 @@ class Disk:
         self.now = 0.0
         self.free = workload.room
         self.calls = 0
-        self.vms = [Vm(plan, plan.image) for plan in workload.guests]
+        self.vms = [Vm(plan, plan.image, beyond=plan.beyond) for plan in workload.guests]
         self._rng = random.Random(workload.seed)  # the same every time
         self._sharer = sharer(self)
         self._moments = self._schedule()
@@ -145,15 +146,20 @@ class Disk:
 
     def _write(self, guest: int, size: int, until: int) -> None:
         vm = self.vms[guest]
-        wrote = min(size, max(vm.allowed, 0)) if vm.told else 0
+        granted = min(size, max(vm.allowed, 0)) if vm.told else 0
+        besides = min(size - granted, vm.beyond) if vm.told else 0
+        wrote = granted + besides
         if wrote > self.free:
             self._broken += wrote - max(self.free, 0)
             wrote = max(self.free, 0)
+            granted = min(granted, wrote)
+            besides = wrote - granted
         if wrote < size:
             self._denied += size - wrote
             self._starved[vm.plan.name] = self._starved.get(vm.plan.name, 0) + size - wrote
         vm.image += wrote
-        vm.allowed -= wrote
+        vm.allowed -= granted
+        vm.beyond -= besides
         self.free -= wrote
         if until < NEVER and wrote:
             self._deletes.setdefault(until, []).append((guest, wrote))

@@ -94,8 +94,9 @@ class Ours:
         self._tell(ev.Resumed(self._name(guest), self._disk.now))
 
     def answered(self, guest: int, seq: int, available: int) -> None:
-        name = self._name(guest)
-        self._tell(ev.GrantAcked(name, seq, Answer(available), self._disk.now))
+        name, vm = self._name(guest), self._disk.vms[guest]
+        reach = available + vm.beyond
+        self._tell(ev.GrantAcked(name, seq, Answer(reach, vm.image + reach, seq), self._disk.now))
         self._tell(ev.GuestSampled(name, self._disk.vms[guest].image, self._disk.now))
 
     def failed(self, guest: int, seq: int) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from storaged.units import GIB, KIB, MIB
 
 STEP_S = 0.25
 NEVER = 1 << 60
 OUTSIDE_MOST = GIB // 2
+METADATA_ROOM = 128 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Plan:
     runs: tuple[tuple[int, int], ...]
     sleeps: tuple[tuple[int, int], ...]
     hangs: tuple[tuple[int, int], ...]
+    beyond: int = 0
+    """Bytes that no balloon keeps it from: files it has preallocated, room in its metadata's chunks."""
 
     def awake(self, at: int) -> bool:
         """True when applications in it can want something."""
@@ -48,6 +51,11 @@ class Workload:
     guests: list[Plan]
     wants: list[list[Want]]
     outside: list[int]
+
+    @property
+    def spoken_for(self) -> int:
+        """What no sharer can hand out: guests can write it whatever they are told."""
+        return sum(plan.beyond for plan in self.guests)
 
     @property
     def wanted(self) -> int:
@@ -150,11 +158,14 @@ def draw(seed: int, seconds: float = 7200.0) -> Workload:
     draft = _Draft(rng, steps, [[] for _ in range(steps)])
     guests: list[Plan] = []
     kinds = rng.choices([kind for kind, _ in KINDS], [count for _, count in KINDS], k=rng.randint(6, 14))
+    own = random.Random(f"{seed} beyond")  # what came before these stays as it was
     for index, kind in enumerate(kinds):
         plan = _plan(rng, f"vm{index:02}", steps)
+        plan = replace(plan, beyond=int(own.uniform(0, 2) * GIB) if kind is _database else METADATA_ROOM)
         guests.append(plan)
         _trickle(draft, index, plan, seconds)
         kind(draft, index, plan, seconds)
+    guests += [replace(plan, name=f"mute{index}") for index, plan in enumerate(_mute(own, steps))]
     for _ in range(rng.randint(0, 2)):
         _update(draft, guests, rng.uniform(0, seconds))
     for wants in draft.wants:
@@ -180,7 +191,7 @@ def _update(draft: _Draft, plans: list[Plan], at_s: float) -> None:
     """The hour of updates: every guest fetches and unpacks the same, within a few seconds."""
     rng = draft.rng
     size = rng.uniform(0.5, 3) * GIB
-    for index, plan in enumerate(plans):
+    for index, plan in enumerate(plan for plan in plans if not plan.name.startswith("mute")):
         begins_s = at_s + rng.expovariate(1 / 5)
         ends_s = draft.write(index, plan, begins_s, size, rng.uniform(50, 200) * MIB, 120)
         draft.write(index, plan, ends_s, size / 2, rng.uniform(50, 200) * MIB, None)
@@ -198,6 +209,12 @@ def _plan(rng: random.Random, name: str, steps: int) -> Plan:
     sleeps = _windows(rng, steps, 0.3, 60, 900)
     hangs = _windows(rng, steps, 0.4, 5, 240)
     return Plan(name, rng.choice([1.0, 1.0, 1.0, 2.0, 4.0]), 200 * GIB, 0, runs, sleeps, hangs)
+
+
+def _mute(rng: random.Random, steps: int) -> list[Plan]:
+    """Machines whose agents never answer, and whose applications never begin."""
+    always = ((0, steps),)
+    return [Plan("", 1.0, 200 * GIB, 0, always, (), always) for _ in range(rng.choice((0, 0, 1, 4)))]
 
 
 def _windows(

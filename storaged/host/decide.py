@@ -8,6 +8,9 @@ from storaged.host.demand import Division, divide
 from storaged.host.model import Guest, Presence, State, charge
 from storaged.units import sector_floor
 
+FIRST_PART = 8
+"""A guest that has not answered yet is sent this part of `base` at most."""
+
 
 @dataclass(slots=True)
 class _Claim:
@@ -53,12 +56,14 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
     room = pool.free - pool.reserve - fixed - asked
     division = divide([claim.guest for claim in claims], room, at, settings)
     for claim, want, target in zip(claims, division.wants, division.targets, strict=True):
-        claim.want, claim.target = want, target
+        # One that has not answered yet may never do so, and what it was sent would be lost to all others.
+        met = claim.guest.presence is not Presence.DISCOVERED
+        claim.want, claim.target = want, target if met else min(target, settings.base // FIRST_PART)
     purse = _Purse(slack, [])
     keep = int(max(room, 0) * settings.kept_share)
     _ask_again(mute, purse, min(settings.base, keep // max(len(mute), 1)), at)
     _bind(claims, purse)
-    _tell_again(claims, purse, broken=slack < 0)
+    _tell_again(claims, purse)
     _fence(claims, purse, at)
     unmet = _grow(state, [claim for claim in claims if claim.urgent], division, purse, asked)
     short = keep + asked + unmet - settling - purse.left
@@ -113,19 +118,20 @@ def _ask_again(mute: list[_Claim], purse: _Purse, most: int, at: float) -> None:
         purse.send(claim, sector_floor(max(size, 0)))
 
 
-def _tell_again(claims: list[_Claim], purse: _Purse, *, broken: bool) -> None:
-    """Guests whose last call failed, or that could not get there, are told what they have once more, if it is there.
+def _tell_again(claims: list[_Claim], purse: _Purse) -> None:
+    """Guests whose last call failed are told what they have once more, and nothing from the second time on.
 
-    While promises are `broken` they are told what is left: their answer says where they stand now.
+    What a call may have brought to a guest that does not answer counts on top each time: only nothing costs nothing.
+    Those that answered that they cannot get there are told their share: preallocated files may fit into that.
     """
     for claim in claims:
-        if not claim.free_to_move or not claim.guest.failures or not claim.guest.lease.bound:
+        guest = claim.guest
+        if not claim.free_to_move or not guest.failures or not guest.lease.bound:
             continue
-        size = sector_floor(max(min(claim.target, claim.held), 0))
-        if broken:
-            size = min(size, sector_floor(max(purse.left, 0)))
-        if size <= purse.left or not size:
-            purse.send(claim, size)
+        hangs = guest.presence is not Presence.UP
+        again = guest.failures > 1 or guest.presence is Presence.DISCOVERED
+        size = 0 if hangs and again else min(claim.target, claim.held) if hangs else claim.target
+        purse.send(claim, sector_floor(max(min(size, purse.left), 0)))
 
 
 def _fence(claims: list[_Claim], purse: _Purse, at: float) -> None:

@@ -150,8 +150,8 @@ def _read(guest: Guest, image: int, at: float, state: State, counted: int | None
     over_since = guest.over_since
     if not lease.bound or excess <= settings.overrun:
         over_since = 0.0
-    elif not over_since:
-        over_since = at  # a report that explains it may be under way
+    elif not over_since or (lease.flight is not None and lease.potential is not None):
+        over_since = at  # a report, or an answer, that explains it may be under way
     if over_since and (lease.potential is None or at - over_since >= settings.overrun_s):
         over_since = 0.0
         overran = max(overran, float(excess))
