@@ -100,11 +100,12 @@ def attack(
     *,
     controlled: bool,
     attackers: Collection[str] = (),
+    size: int | None = None,
     enough: Callable[[Figures], bool] | None = None,
 ) -> Figures:
     """One run in `directory`; its figures. Ends before `seconds` when there is `enough`. Cleared on the way out."""
     figures = Figures()
-    size = LARGE_DISK if attackers else SMALL_DISK
+    size = size or (LARGE_DISK if attackers else SMALL_DISK)
     pool = Pool(host_disk(directory, size), size, figures)
     try:
         with ExitStack() as stack:
