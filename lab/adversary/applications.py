@@ -131,20 +131,33 @@ class Preallocator(_Files):
 class Swap:
     """A swap file as the kernel uses it: preallocated, without copy on write, written past the page cache."""
 
-    hungry_at = 0.0
-
     def __init__(self, root: Path, figures: Figures, seed: int) -> None:
+        self.hungry_at = 0.0
         self._figures = figures
         self._dice = random.Random(seed)
         self._path = root / "swap"
         self._path.touch()
         run("chattr", "+C", self._path)
         self._file = os.open(self._path, os.O_RDWR | os.O_DIRECT)
-        os.posix_fallocate(self._file, 0, SWAP)
-        os.fsync(self._file)
+        self._made = False
         self._page = mmap.mmap(-1, MIB)
 
+    def _make(self) -> bool:
+        """Take the room, once there is so much."""
+        try:
+            os.posix_fallocate(self._file, 0, SWAP)
+            os.fsync(self._file)
+        except OSError:
+            self._figures.enospc += 1
+            self.hungry_at = time.monotonic()
+            time.sleep(AFTER_ENOSPC_S)
+            return False
+        return True
+
     def __call__(self, number: int) -> None:
+        self._made = self._made or self._make()
+        if not self._made:
+            return
         self._page[:8] = number.to_bytes(8, "little")
         try:
             os.pwrite(self._file, self._page, self._dice.randrange(SWAP // MIB) * MIB)
