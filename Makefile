@@ -75,7 +75,7 @@ fuzz: setup ## Fuzz everything that reads what others wrote (ARGS='--runs 100000
 soak: setup ## Mixed calls for four minutes: memory, files and threads stay flat (ARGS='--seconds 600')
 	@$(PY) -m lab.soak $(ARGS)
 
-adversary: setup ## Two guests at full speed on one disk, bursts and kills (ARGS='--seconds 600', ARGS=--without)
+adversary: setup ## Guests, agents and a host that misbehave around one disk (ARGS='--seconds 600 --seed 2', ARGS=--without)
 	@$(PY) -m lab.adversary $(ARGS)
 
 attack: setup ## Try to make the balloon's answers false (ARGS='--seconds 600 --seed 3 --only NAME --place shm')
