@@ -43,6 +43,8 @@ PLEA_S = 1.0
 ANSWER_S, WORK_S = 20.0, 600.0
 """For a plain answer, and for the end of a job that was cancelled: its last step takes its time."""
 AGAIN_FIRST_S, AGAIN_MOST_S = 1.0, 30.0
+TELL_EVERY_S = 2.0
+"""Less than a guest has to explain what exceeds its grant (`Sharing.overrun_s`)."""
 TELL_POTENTIAL = 4 * MIB
 """A potential that changes by less changes nothing."""
 BOUNDS_FIRST_S, BOUNDS_EVERY_S = 2.0, 60.0
@@ -184,6 +186,7 @@ class GuestClient:
     ) -> None:
         wait_s = AGAIN_FIRST_S
         last = told = 0
+        told_at = -math.inf
         while True:
             try:
                 request = storaged_v1_pb2.WatchRequest(min_interval_s=WATCH_INTERVAL_S)
@@ -192,8 +195,10 @@ class GuestClient:
                     wait_s = AGAIN_FIRST_S
                     # A grow opens its room for a moment, until the balloon takes it: what two reports say counts.
                     last, now = report.balloon.potential_bytes, min(report.balloon.potential_bytes, last)
-                    if abs(now - told) >= TELL_POTENTIAL:
-                        told = now
+                    at = time.monotonic()
+                    # Again now and then: while a grant is under way the ledger takes none.
+                    if abs(now - told) >= TELL_POTENTIAL or at >= told_at + TELL_EVERY_S:
+                        told, told_at = now, at
                         potential(min(now, MAX_SIZE), report.sequence)
                     changed()
             except grpc.aio.AioRpcError as error:

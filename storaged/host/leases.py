@@ -58,7 +58,7 @@ class Lease:
 
     Not `bound`: nothing is known but the size of the disk. `beyond`: what the guest could write beyond the grant when
     it answered; no smaller grant takes that. `potential` and `sequence` are of that answer, `raised` is by how much a
-    later report exceeds it.
+    later report exceeds it. `tells`: its agent tells a potential; that is None all the same after a call that failed.
     """
 
     ceiling: int = 0
@@ -71,6 +71,7 @@ class Lease:
     sequence: int = 0
     raised: int = 0
     proven: bool = True
+    tells: bool = False
 
 
 def kept(image: int, keeps: int | None) -> Lease:
@@ -84,7 +85,7 @@ def sent(lease: Lease, image: int, seq: int, size: int, at: float) -> Lease:
     # Here and below written out where a thousand guests pass at once: `replace` costs several times as much.
     return Lease(
         lease.ceiling + size, lease.likely, lease.bound, lease.granted, flight,
-        lease.beyond, lease.potential, lease.sequence, lease.raised, lease.proven,
+        lease.beyond, lease.potential, lease.sequence, lease.raised, lease.proven, lease.tells,
     )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def acked(lease: Lease, seq: int, answer: Answer, at: float) -> Lease:
     flight = Flight(seq, was.size, was.sent_at, was.before, was.peak, at, answer)
     return Lease(
         lease.ceiling, lease.likely, lease.bound, lease.granted, flight,
-        lease.beyond, lease.potential, lease.sequence, lease.raised, lease.proven,
+        lease.beyond, lease.potential, lease.sequence, lease.raised, lease.proven, lease.tells,
     )  # fmt: skip
 
 
@@ -128,15 +129,15 @@ def seen(lease: Lease, image: int, at: float) -> Lease:
     beyond = max(ceiling - peak - flight.size, 0)
     return Lease(
         ceiling, flight.size + image, True, flight.size, None,  # noqa: FBT003
-        beyond, answer.potential, answer.sequence, 0, answer.proven,
+        beyond, answer.potential, answer.sequence, 0, answer.proven, answer.potential is not None,
     )  # fmt: skip
 
 
 def reported(lease: Lease, potential: int, sequence: int) -> Lease:
     """The lease after a report that is newer than the last answer; while a grant is under way nothing can be told."""
-    if not lease.bound or lease.flight is not None or lease.potential is None or sequence <= lease.sequence:
+    if not lease.bound or lease.flight is not None or not lease.tells or sequence <= lease.sequence:
         return lease
-    raised = max(potential - lease.potential, 0)
+    raised = max(potential - (lease.ceiling if lease.potential is None else lease.potential), 0)
     return lease if raised == lease.raised else replace(lease, raised=raised)
 
 

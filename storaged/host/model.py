@@ -49,6 +49,7 @@ class Guest:
     claim: int = 0  # what a resize of it may write besides
     claim_asked: int = 0  # as large it is to be, once others have given that up; 0 when it is not to grow
     over_since: float = 0.0  # its image exceeds its ceiling, which a report may still explain
+    restarted_at: float = 0.0  # when its agent was last believed to have started
 
     @property
     def runs(self) -> bool:

@@ -48,6 +48,9 @@ class Sharing:
     overrun_s: float = field(
         default=3.0, metadata={"help": "Seconds for which a guest's next report may explain what exceeds its grant."}
     )
+    restart_s: float = field(
+        default=60.0, metadata={"help": "Seconds after a start of its agent in which another one unbinds no guest."}
+    )
     fence_s: float = field(
         default=600.0, metadata={"help": "Seconds for which a guest that exceeded its grant is granted nothing."}
     )

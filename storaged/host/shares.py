@@ -55,7 +55,7 @@ def _holding(guest: Guest, lease: leases.Lease) -> Guest:
     return Guest(
         guest.name, guest.size, guest.image, guest.seen_at, guest.weight, guest.presence, lease, guest.counted,
         guest.rate, guest.pleads, guest.pleads_until, guest.failures, guest.retry_at, guest.overran, guest.overruns,
-        guest.fenced_until, guest.claim, guest.claim_asked, guest.over_since,
+        guest.fenced_until, guest.claim, guest.claim_asked, guest.over_since, guest.restarted_at,
     )  # fmt: skip  # written out: `replace` costs three times as much, and a thousand guests may be told at once
 
 
@@ -150,19 +150,15 @@ def _read(guest: Guest, image: int, at: float, state: State, counted: int | None
     over_since = guest.over_since
     if not lease.bound or excess <= settings.overrun:
         over_since = 0.0
-    elif not over_since or (lease.flight is not None and lease.potential is not None):
+    elif not over_since or (lease.flight is not None and lease.tells):
         over_since = at  # a report, or an answer, that explains it may be under way
-    if over_since and (lease.potential is None or at - over_since >= settings.overrun_s):
+    if over_since and (not lease.tells or at - over_since >= settings.overrun_s):
         over_since = 0.0
         overran = max(overran, float(excess))
         overruns += 1
         fenced_until = at + settings.fence_s
         lease = replace(lease, bound=False)
-        text = (
-            f"{guest.name} wrote {format_size(excess)} more than it was granted; it is granted nothing for"
-            f" {settings.fence_s:g} s"
-        )
-        note = ev.Note(ev.Topic.OVERRUN, text, guest.name, warning=True)
+        note = _overrun(guest.name, excess, settings)
     elif fenced_until and at >= fenced_until:
         fenced_until = 0.0
         note = ev.Note(ev.Topic.FENCE, f"{guest.name} kept within its grant and gets a share again", guest.name)
@@ -170,7 +166,7 @@ def _read(guest: Guest, image: int, at: float, state: State, counted: int | None
     read = Guest(
         guest.name, guest.size, image, at, guest.weight, guest.presence, lease, counted, rate, pleads,
         pleads_until, guest.failures, guest.retry_at, overran, overruns, fenced_until, guest.claim,
-        guest.claim_asked, over_since,
+        guest.claim_asked, over_since, guest.restarted_at,
     )  # fmt: skip  # written out: `replace` costs three times as much, and this runs for every guest at every look
     return read, note
 
@@ -256,6 +252,11 @@ def _guest_joined(state: State, event: ev.GuestJoined) -> Result:
         Presence.DISCOVERED if event.running else Presence.CONFIGURED,
         leases.kept(event.image, event.keeps),
     )
+    if (was := state.guests.get(event.guest)) is not None:
+        guest = replace(
+            guest, overran=was.overran, overruns=was.overruns, fenced_until=was.fenced_until, claim=was.claim,
+            claim_asked=was.claim_asked, restarted_at=was.restarted_at,
+        )  # fmt: skip
     state = _with(state, guest)
     if not event.running:
         return state, (ev.Publish(),)
@@ -276,11 +277,39 @@ def _guest_restarted(state: State, event: ev.GuestRestarted) -> Result:
     guest = state.guests.get(event.guest)
     if guest is None or not guest.runs:
         return state, ()
-    # The ceiling stays as the least that is charged: else a guest could have its debts forgotten by saying so.
-    lease = leases.Lease(guest.lease.ceiling + guest.lease.raised, granted=guest.lease.granted)
-    guest = replace(guest, lease=lease, presence=Presence.DISCOVERED, failures=0, retry_at=0.0)
+    lease, again = guest.lease, event.at - guest.restarted_at < state.settings.restart_s and guest.restarted_at > 0
+    excess = guest.image - lease.ceiling - lease.raised - guest.claim
+    if again and lease.bound:
+        # One that starts all the time stays bound by what it had: else it could have its debts forgotten.
+        if lease.flight is not None:
+            lease = leases.failed(lease, lease.flight.seq, certain=False)
+        guest = replace(guest, lease=lease, failures=max(guest.failures, 1), retry_at=event.at)
+        state, effects = _shared(_with(state, guest), event.at)
+        return state, effects
+    notes: list[ev.Effect] = []
+    if lease.bound and excess > state.settings.overrun:
+        guest, note = _fenced(guest, excess, event.at, state.settings)
+        notes.append(note)
+    # The ceiling stays as the least that is charged.
+    lease = leases.Lease(lease.ceiling + lease.raised, granted=lease.granted)
+    guest = replace(guest, lease=lease, presence=Presence.DISCOVERED, failures=0, retry_at=0.0, restarted_at=event.at)
     state, effects = _shared(_with(state, guest), event.at)
-    return state, (ev.Publish(), *effects)
+    return state, (*notes, ev.Publish(), *effects)
+
+
+def _fenced(guest: Guest, excess: int, at: float, settings: Sharing) -> tuple[Guest, ev.Note]:
+    fenced = replace(
+        guest, overran=max(guest.overran, float(excess)), overruns=guest.overruns + 1, over_since=0.0,
+        fenced_until=at + settings.fence_s,
+    )  # fmt: skip
+    return fenced, _overrun(guest.name, excess, settings)
+
+
+def _overrun(name: str, excess: int, settings: Sharing) -> ev.Note:
+    text = (
+        f"{name} wrote {format_size(excess)} more than it was granted; it is granted nothing for {settings.fence_s:g} s"
+    )
+    return ev.Note(ev.Topic.OVERRUN, text, name, warning=True)
 
 
 def _guest_left(state: State, event: ev.GuestLeft) -> Result:
@@ -298,8 +327,6 @@ def _guest_left(state: State, event: ev.GuestLeft) -> Result:
             counted=None,
             rate=0.0,
             pleads=0,
-            claim=0,
-            claim_asked=0,
         )
     # What it wrote since the epoch is not in `free` yet: nothing grows before the next one.
     pool = replace(state.pool, whole=False)
@@ -408,7 +435,7 @@ def _potential_reported(state: State, event: ev.PotentialReported) -> Result:
 
 def _claim_set(state: State, event: ev.ClaimSet) -> Result:
     guest = state.guests.get(event.guest)
-    if guest is None or not guest.runs or event.size == (guest.claim_asked or guest.claim):
+    if guest is None or event.size == (guest.claim_asked or guest.claim):
         return state, ()
     lease = guest.lease
     if not event.size and lease.bound:

@@ -269,3 +269,84 @@ def test_a_guest_that_hangs_for_hours_takes_no_more_than_it_had(answered: bool) 
     assert guest(told, "b").lease.granted > 0.3 * guest(told, "a").left
     told.settle(20 * GIB)
     assert guest(told, "a").lease.granted > 0.5 * had, "it has its share again when it answers"
+
+
+# --- starts, lost answers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every_s", "writes"), [(0.5, 200 * MIB), (1.5, 30 * MIB), (20.0, 200 * MIB), (61.0, 200 * MIB)]
+)
+def test_a_guest_that_says_all_the_time_that_it_is_new_is_fenced_all_the_same(every_s: float, writes: int) -> None:
+    told = Told("a", "b", free=6 * GIB)
+    told.settle(6 * GIB)
+    free, said_at = 6 * GIB, told.now
+    for _ in range(400):  # it writes on when nothing is granted any more
+        told.images["a"] += writes
+        free = max(free - writes, GIB)
+        told.settle(free, 1)
+        if told.now - said_at >= every_s:
+            said_at = told.now
+            told.step(ev.GuestRestarted("a", told.now))
+    assert guest(told, "a").overruns
+    assert guest(told, "a").fenced_until > told.now
+
+
+def test_one_honest_start_is_no_overrun() -> None:
+    told = Told("a", "b", free=40 * GIB)
+    told.settle(40 * GIB)
+    told.step(ev.GuestRestarted("a", told.now))
+    told.images["a"] += 300 * MIB
+    told.settle(40 * GIB)
+    assert not guest(told, "a").overruns
+    assert guest(told, "a").lease.granted > GIB
+
+
+def test_what_a_report_explains_after_a_lost_answer_is_no_overrun() -> None:
+    answered = leases.acked(leases.sent(leases.kept(0, GIB), 0, 1, GIB, 0.0), 1, Answer(GIB, GIB, 5), 1.0)
+    lease = leases.failed(leases.sent(leases.seen(answered, 0, 1.0), 0, 2, GIB, 2.0), 2, certain=False)
+    assert lease.ceiling == 2 * GIB
+    assert leases.reported(lease, 2 * GIB + 100 * MIB, 6).raised == 100 * MIB
+    assert leases.reported(lease, GIB, 6) is lease
+
+
+def test_a_storaged_whose_answer_was_lost_has_time_to_explain() -> None:
+    told = Told("a", free=40 * GIB)
+    for _ in range(4):
+        for grant in tuple(told.open.values()):
+            told.says(grant, Answer(grant.size, guest(told, "a").image + grant.size, told.state.seq))
+        told.open = {}
+        told.look(40 * GIB)
+    told.step(ev.RoomAsked("a", 30 * GIB, told.now))
+    (grant,) = told.open.values()
+    told.step(ev.GrantFailed("a", grant.seq, "late", told.now))
+    told.images["a"] = guest(told, "a").lease.ceiling + 80 * MIB
+    told.look(30 * GIB, after_s=0.2)
+    assert not guest(told, "a").overruns
+
+
+def test_a_fence_and_a_claim_outlive_the_machine() -> None:
+    told = Told("a", "b")
+    told.settle(40 * GIB)
+    overrun(told)
+    told.step(ev.ClaimSet("b", 3 * GIB, told.now))
+    told.settle(30 * GIB)
+    until = guest(told, "a").fenced_until
+    for name in "ab":
+        told.step(ev.GuestLeft(name, told.now))
+        told.step(ev.GuestJoined(name, 500 * GIB, told.images[name], told.now))
+    assert guest(told, "a").fenced_until == until
+    assert guest(told, "b").claim == 3 * GIB
+    told.settle(30 * GIB)
+    told.images["b"] += GIB
+    told.settle(29 * GIB)
+    assert not guest(told, "b").overruns
+
+
+def test_a_claim_of_a_machine_that_does_not_run_counts_when_it_does() -> None:
+    told = Told("a", "b", free=10 * GIB)
+    told.step(ev.GuestLeft("a", told.now))
+    told.step(ev.ClaimSet("a", GIB, told.now))
+    assert guest(told, "a").claim + guest(told, "a").claim_asked == GIB
+    told.step(ev.ClaimSet("a", 0, told.now))
+    assert guest(told, "a").claim + guest(told, "a").claim_asked == 0
