@@ -49,7 +49,8 @@ class GuestWork:
         self._changed = changed
 
     @property
-    def _stops(self) -> bool:
+    def stops(self) -> bool:
+        """True when somebody wants the resize to stop: nobody is asked to resize any more."""
         return self._job.saga.cancelling and self._job.saga.stage is not sm.Stage.RESTORING
 
     async def patient(self, call: Callable[[Agent], Awaitable[_T]]) -> _T:
@@ -69,7 +70,7 @@ class GuestWork:
     async def capacity(self, size: int) -> sm.Event:
         """Wait until the guest's kernel sees `size` bytes of disk."""
         until = time.monotonic() + self._settings.capacity_s
-        while not self._stops:
+        while not self.stops:
             report = await self.patient(lambda agent: agent.fresh_report())
             if report is None or report.filesystem.device_bytes >= size:
                 return sm.CapacitySeen()  # who cannot be asked waits for it when it resizes
@@ -88,13 +89,13 @@ class GuestWork:
                 if status.target != size and not self._is_ours(status):
                     raise StoragedError(f"the guest resizes its filesystem to {status.target}, asked by somebody else")
                 asked = asked or status.target == size
-                if (self._stops or status.target != size) and not told:
+                if (self.stops or status.target != size) and not told:
                     told = await self._cancel()
                     continue
                 self._tell(status, size)
             elif status.current == size:
                 return sm.GuestEnded(size)
-            elif asked or self._stops:
+            elif asked or self.stops:
                 return sm.GuestEnded(status.current, await self._why(size))
             else:
                 try:

@@ -231,12 +231,15 @@ class Resizes:
         moves = cut if taken is None else min(taken, cut)
         return moves, moves + moves // 8 + MARGIN
 
-    async def _claimed(self, guest: str, cut: int) -> None:
-        """Set aside what a shrink by `cut` takes, and wait until no other guest may write it. Raises StoragedError."""
+    async def _claimed(self, guest: str, cut: int, work: GuestWork) -> None:
+        """Set aside what a shrink by `cut` takes, and wait until no other guest may write it. Raises StoragedError.
+
+        Returns early when the resize is to stop: then nobody is asked to shrink.
+        """
         _, needs = await self._moves(guest, cut)
         self._world.claim(guest, needs)
         until = time.monotonic() + self._settings.patience_s
-        while (short := self._world.short(guest)) > 0:
+        while (short := self._world.short(guest)) > 0 and not work.stops:
             if time.monotonic() >= until:
                 raise StoragedError(
                     f"the pool cannot carry it: what {guest} moves takes {format_size(needs)}, and other guests may "
@@ -349,7 +352,7 @@ class Resizes:
                 return await work.capacity(size)
             case sm.ResizeFilesystem(size):
                 if (cut := await backend.filesystem_size() - size) > 0:
-                    await self._claimed(guest, cut)
+                    await self._claimed(guest, cut, work)
                 return await work.filesystem(size)
             case sm.Verify():
                 return await self._verified(job.saga.to, backend)

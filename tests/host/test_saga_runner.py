@@ -348,6 +348,24 @@ async def test_what_a_shrink_moves_is_claimed_before_the_guest_is_asked_and_give
     assert set(bench.claims) == {0}, "a growth moves nothing"
 
 
+async def test_a_shrink_that_waits_for_room_can_be_cancelled_at_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, LARGE)
+    bench.settings = replace(bench.settings, patience_s=30.0)
+    bench.new()
+    bench.short = 5
+    async with running(bench):
+        begun = await bench.resizes.begin("g", SMALL)
+        async with asyncio.timeout(5):
+            while not bench.claims:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.005)
+        await bench.resizes.cancel(begun.id)
+        async with asyncio.timeout(5):
+            saga = await bench.ends(begun.id)
+    assert saga.outcome is Outcome.CANCELLED
+    assert bench.guest.target == 0
+    assert bench.claims[-1] == 0
+
+
 async def test_a_shrink_whose_room_others_do_not_give_up_is_not_asked_for(tmp_path: Path) -> None:
     bench = Bench(tmp_path, LARGE)
     bench.short = 64 * MIB
