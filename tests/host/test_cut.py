@@ -69,7 +69,7 @@ def _write(guest: Guest, name: str, mib: int) -> bool:
                 file.write(os.urandom(MIB))
             os.fsync(file.fileno())
     except OSError:
-        path.unlink()
+        path.unlink(missing_ok=True)  # where nothing is left there was not even room for its name
         return False
     return True
 
