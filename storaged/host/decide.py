@@ -9,7 +9,7 @@ from storaged.host.model import Guest, Presence, State, charge
 from storaged.units import sector_floor
 
 FIRST_PART = 8
-"""A guest that has not answered yet is sent this part of `base` at most."""
+"""A guest that is bound and has not answered yet is sent this part of `base` at most."""
 
 
 @dataclass(slots=True)
@@ -56,8 +56,8 @@ def decide(state: State, at: float) -> list[tuple[str, int]]:
     room = pool.free - pool.reserve - fixed - asked
     division = divide([claim.guest for claim in claims], room, at, settings)
     for claim, want, target in zip(claims, division.wants, division.targets, strict=True):
-        # One that has not answered yet may never do so, and what it was sent would be lost to all others.
-        met = claim.guest.presence is not Presence.DISCOVERED
+        # One that is bound and has not answered yet may never do so: what it was sent would be lost to all others.
+        met = claim.guest.presence is not Presence.DISCOVERED or not claim.guest.lease.bound
         claim.want, claim.target = want, target if met else min(target, settings.base // FIRST_PART)
     purse = _Purse(slack, [])
     keep = int(max(room, 0) * settings.kept_share)
