@@ -309,7 +309,7 @@ class StorageService(Writer):
         return replace(self.snapshot, space=space, reach=reach, potential=potential)
 
     async def refreshed(self) -> Snapshot:
-        """The present state with the space read anew, if the filesystem answers soon.
+        """The present state with the space read again, if the filesystem answers soon.
 
         Its sequence is of before it was read: what it says of the space is at least as new as that.
         """

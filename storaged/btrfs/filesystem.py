@@ -20,9 +20,9 @@ from storaged.resize.layout import Chunk, Layout
 from storaged.units import GIB, MIB
 
 MOST_DATA_CHUNK = GIB
+"""A data stripe is at most this (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
 READS = 5
 """Tries to read what is used without anything moving on meanwhile."""
-"""A data stripe is at most this (fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular)."""
 CHUNK_STEP = 16 * MIB
 """A tenth of the filesystem is rounded up to this (fs/btrfs/volumes.c, decide_stripe_size_regular)."""
 DEVICE_RANGE_RESERVED = MIB
@@ -86,6 +86,8 @@ class BtrfsFilesystem:
         self._block = f"/sys/dev/block/{self.device_name}"
         self._sysfs = f"/sys/fs/btrfs/{self._uuid}"
         self._mixed = os.path.isdir(f"{self._sysfs}/allocation/mixed")
+        self._data = f"allocation/{'mixed' if self._mixed else 'data'}"
+        self._metadata = f"allocation/{'mixed' if self._mixed else 'metadata'}"
 
     def close(self) -> None:
         """Let go of every file; the filesystem can be unmounted afterwards."""
@@ -123,13 +125,11 @@ class BtrfsFilesystem:
 
     def _allocated(self) -> tuple[int, int]:
         """Bytes of all chunks, and of those for data."""
-        data = "allocation/mixed" if self._mixed else "allocation/data"
-        return self._fs.dev_info(self.devid).bytes_used, self._number(f"{data}/total_bytes")
+        return self._fs.dev_info(self.devid).bytes_used, self._number(f"{self._data}/total_bytes")
 
     def _space(self) -> Space:
         device = self._fs.dev_info(self.devid)
-        data = "allocation/mixed" if self._mixed else "allocation/data"
-        metadata = "allocation/mixed" if self._mixed else "allocation/metadata"
+        data, metadata = self._data, self._metadata
         used = self._used(data)
         data_total = self._number(f"{data}/total_bytes")
         metadata_total = self._number(f"{metadata}/total_bytes")
@@ -172,7 +172,7 @@ class BtrfsFilesystem:
         return before + rest
 
     def metadata_headroom(self) -> int:
-        metadata = "allocation/mixed" if self._mixed else "allocation/metadata"
+        metadata = self._metadata
         with kernel("reading the filesystem's space"):
             used = self._metadata_used(metadata) + self._number("allocation/global_rsv_size")
             return self._number(f"{metadata}/total_bytes") - used
@@ -220,7 +220,7 @@ class BtrfsFilesystem:
                 self.device_size(),
                 chunks,
                 self._number("allocation/global_rsv_size"),
-                self._chunk_size("allocation/mixed" if self._mixed else "allocation/metadata"),
+                self._chunk_size(self._metadata),
             )
 
     def _rooms(self, starts: Iterable[int]) -> dict[int, list[int]]:

@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 
 READ_ONLY = {"ro": "read-only", "emergency_ro": "read-only after an error", "shutdown": "shut down"}
 """Options of a superblock in /proc/self/mountinfo (ext4: the last two, `emergency_ro` from Linux 6.15 on)."""
-
-
 HANDLE_EVERY = 4
 """Looks after which an image's handle is compared, beside its device and inode, which always are."""
 
@@ -120,10 +118,10 @@ class Conditions:
         self._looks += 1
         found = {}
         for number, (name, path) in enumerate(images.items()):
-            known = self._images.get(name)
+            was = self._images.get(name)
             # A handle costs as much as all the rest of a look, and an inode is rarely given to another file at once.
-            spared = known is not None and name not in self.now.guests and (number + self._looks) % HANDLE_EVERY
-            handle = known.handle if known is not None and spared else None
+            compared = name in self.now.guests or (number + self._looks) % HANDLE_EVERY == 0
+            handle = None if was is None or compared else was.handle
             try:
                 now = file_id(path, handle)
             except FileNotFoundError:
@@ -131,9 +129,8 @@ class Conditions:
             except OSError as error:
                 found[name] = f"image {path}: {error.strerror}"
                 continue
-            if now is not None:
-                self._images.setdefault(name, now)
-            was = self._images.get(name)
+            if was is None and now is not None:
+                was = self._images[name] = now
             reason = judge_image(path, was, now) if was is not None else f"image {path} does not exist"
             if reason:
                 found[name] = reason

@@ -43,7 +43,7 @@ _SHARES = ("kept_share", "idle_share", "band", "band_roomy", "reserve_share")
 
 @dataclass(frozen=True, slots=True)
 class GuestConfig:
-    """One guest. `size` 0: as large as its image is now. `pid_file`: of its machine; `peer`: whence VmReady comes.
+    """One guest. `size` 0: as large as its image is now. `pid_file`: of its machine; `peer`: where VmReady comes from.
 
     `control`: who resizes the image, `loop`, `qmp:/socket` or `crosvm:/socket`; `disk`: which one it is there.
     `trust_balloon`: the answers of an agent that is not storaged cover what is preallocated in the guest.

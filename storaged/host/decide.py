@@ -128,9 +128,12 @@ def _tell_again(claims: list[_Claim], purse: _Purse) -> None:
         guest = claim.guest
         if not claim.free_to_move or not guest.failures or not guest.lease.bound:
             continue
-        hangs = guest.presence is not Presence.UP
-        again = guest.failures > 1 or guest.presence is Presence.DISCOVERED
-        size = 0 if hangs and again else min(claim.target, claim.held) if hangs else claim.target
+        if guest.presence is Presence.UP:
+            size = claim.target
+        elif guest.failures > 1 or guest.presence is Presence.DISCOVERED:
+            size = 0
+        else:
+            size = min(claim.target, claim.held)
         purse.send(claim, sector_floor(max(min(size, purse.left), 0)))
 
 

@@ -50,7 +50,7 @@ class GuestWork:
 
     @property
     def stops(self) -> bool:
-        """True when somebody wants the resize to stop: nobody is asked to resize any more."""
+        """True when the resize is to stop: the guest is not asked to resize any more."""
         return self._job.saga.cancelling and self._job.saga.stage is not sm.Stage.RESTORING
 
     async def patient(self, call: Callable[[Agent], Awaitable[_T]]) -> _T:

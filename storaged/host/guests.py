@@ -191,11 +191,10 @@ class GuestClient:
             try:
                 request = storaged_v1_pb2.WatchRequest(min_interval_s=WATCH_INTERVAL_S)
                 async for report in self._storage.Watch(request):
-                    self.report, self.reported_at = report, time.monotonic()
+                    self.report, self.reported_at = report, (at := time.monotonic())
                     wait_s = AGAIN_FIRST_S
                     # A grow opens its room for a moment, until the balloon takes it: what two reports say counts.
                     last, now = report.balloon.potential_bytes, min(report.balloon.potential_bytes, last)
-                    at = time.monotonic()
                     # Again now and then: while a grant is under way the ledger takes none.
                     if abs(now - told) >= TELL_POTENTIAL or at >= told_at + TELL_EVERY_S:
                         told, told_at = now, at

@@ -141,6 +141,11 @@ def reported(lease: Lease, potential: int, sequence: int) -> Lease:
     return lease if raised == lease.raised else replace(lease, raised=raised)
 
 
+def excess(lease: Lease, image: int) -> int:
+    """By how many bytes the image exceeds all that the guest may write; negative while it does not."""
+    return image - lease.ceiling - lease.raised
+
+
 def outstanding(lease: Lease, image: int, size: int) -> int:
     """What a bound guest may still write when its image takes `image` of at most `size`."""
     return max(min(lease.ceiling + lease.raised, size) - image, 0)

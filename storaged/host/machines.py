@@ -30,7 +30,7 @@ class _Named:
 
 
 class Machine:
-    """A machine by its PID file (QEMU's -pidfile); without one it counts as running for ever.
+    """A machine by its PID file (QEMU's -pidfile); without one it always counts as running.
 
     The file is read once, when the machine starts, and a pidfd of its process is kept (pidfd_open(2), Linux 5.3):
     what happens to the file afterwards says nothing. Only when the process has ended the file is read again.

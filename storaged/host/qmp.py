@@ -1,8 +1,8 @@
 """An image that QEMU holds: its monitor is asked over QMP (query-block, query-named-block-nodes, block_resize).
 
 While the image is cut the machine is stopped (`stop`, which also flushes its disks; `cont`). One that was not running
-is left as it is. That we stopped it is written down in QEMU itself, as an object named MARK: whoever finds it after a
-crash knows that the machine is to run again, and one that an administrator stopped stays stopped.
+is left as it is. That we stopped it is written down in QEMU itself, as an object named MARK: a process that finds it
+after a crash knows that the machine is to run again, and one that an administrator stopped stays stopped.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Host:
             if guest.peer and guest.pool == controller.pool.name
         }
         self._refused: dict[str, str] = {}
-        """By whence it called: why a guest that announced itself is not served, as it was logged."""
+        """By peer: why a guest that announced itself is not served, as it was logged."""
         self._api = HostApi(self.controllers)
         hybrid = [peer.removeprefix(HYBRID) for peer in self._by_peer if peer.startswith(HYBRID)]
         self._listener = Listener(self._ready, config.tls, self._api.add_to, hybrid)

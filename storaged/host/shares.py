@@ -146,7 +146,7 @@ def _read(guest: Guest, image: int, at: float, state: State, counted: int | None
     overruns, fenced_until = guest.overruns, guest.fenced_until
     if overran:
         overran = 0.0 if overran < settings.least else overran * 0.5 ** (max(over_s, 0.0) / settings.worst_half_s)
-    excess = image - lease.ceiling - lease.raised - guest.claim
+    excess = leases.excess(lease, image) - guest.claim
     over_since = guest.over_since
     if not lease.bound or excess <= settings.overrun:
         over_since = 0.0
@@ -211,8 +211,16 @@ def _pool_sampled(state: State, event: ev.PoolSampled) -> Result:
     interval_s = levels.interval(event.free, max(pool.falls, pool.outside + writes), settings)
     total = event.total or pool.total
     reserve = levels.reserve(pool.outside, interval_s + pool.answer_s, total, settings)
-    pool = replace(pool, free=event.free, at=event.at, total=total, whole=whole)
-    pool = replace(pool, reserve=reserve, interval_s=interval_s, pressure=pressure)
+    pool = replace(
+        pool,
+        free=event.free,
+        at=event.at,
+        total=total,
+        whole=whole,
+        reserve=reserve,
+        interval_s=interval_s,
+        pressure=pressure,
+    )
     if still and whole and _stays(state, pool):
         return replace(state, pool=pool), (*effects, ev.Poll(interval_s))
     state, shared = _shared(replace(state, pool=pool, guests=guests), event.at)
@@ -278,7 +286,7 @@ def _guest_restarted(state: State, event: ev.GuestRestarted) -> Result:
     if guest is None or not guest.runs:
         return state, ()
     lease, again = guest.lease, event.at - guest.restarted_at < state.settings.restart_s and guest.restarted_at > 0
-    excess = guest.image - lease.ceiling - lease.raised - guest.claim
+    excess = leases.excess(lease, guest.image) - guest.claim
     if again and lease.bound:
         # One that starts all the time stays bound by what it had: else it could have its debts forgotten.
         if lease.flight is not None:
@@ -286,23 +294,21 @@ def _guest_restarted(state: State, event: ev.GuestRestarted) -> Result:
         guest = replace(guest, lease=lease, failures=max(guest.failures, 1), retry_at=event.at)
         state, effects = _shared(_with(state, guest), event.at)
         return state, effects
-    notes: list[ev.Effect] = []
+    notes: tuple[ev.Note, ...] = ()
     if lease.bound and excess > state.settings.overrun:
-        guest, note = _fenced(guest, excess, event.at, state.settings)
-        notes.append(note)
+        guest = replace(
+            guest,
+            overran=max(guest.overran, float(excess)),
+            overruns=guest.overruns + 1,
+            over_since=0.0,
+            fenced_until=event.at + state.settings.fence_s,
+        )
+        notes = (_overrun(guest.name, excess, state.settings),)
     # The ceiling stays as the least that is charged.
     lease = leases.Lease(lease.ceiling + lease.raised, granted=lease.granted)
     guest = replace(guest, lease=lease, presence=Presence.DISCOVERED, failures=0, retry_at=0.0, restarted_at=event.at)
     state, effects = _shared(_with(state, guest), event.at)
     return state, (*notes, ev.Publish(), *effects)
-
-
-def _fenced(guest: Guest, excess: int, at: float, settings: Sharing) -> tuple[Guest, ev.Note]:
-    fenced = replace(
-        guest, overran=max(guest.overran, float(excess)), overruns=guest.overruns + 1, over_since=0.0,
-        fenced_until=at + settings.fence_s,
-    )  # fmt: skip
-    return fenced, _overrun(guest.name, excess, settings)
 
 
 def _overrun(name: str, excess: int, settings: Sharing) -> ev.Note:
@@ -321,12 +327,7 @@ def _guest_left(state: State, event: ev.GuestLeft) -> Result:
         del guests[event.guest]
     else:
         guests[event.guest] = replace(
-            guest,
-            presence=Presence.GONE,
-            lease=leases.Lease(),
-            counted=None,
-            rate=0.0,
-            pleads=0,
+            guest, presence=Presence.GONE, lease=leases.Lease(), counted=None, rate=0.0, pleads=0
         )
     # What it wrote since the epoch is not in `free` yet: nothing grows before the next one.
     pool = replace(state.pool, whole=False)

@@ -119,21 +119,20 @@ class ThinSource:
         self._block = 0  # as long as there is a pool by this name it stays what it is
 
     def free(self) -> int:
-        try:
-            self._block = self._block or thin_pool_block(devicemapper.table(self.pool))
-            pool = thin_pool_free(devicemapper.status(self.pool), self._block)
-        except devicemapper.DeviceMapperError as error:
-            self._block = 0  # what comes by this name may be another
-            raise PoolError(error.message) from error
-        return min(self.filesystem.free(), pool)
+        status = self._status()
+        return min(self.filesystem.free(), thin_pool_free(status, self._block))
 
     def total(self) -> int:
         """Bytes of data that the pool has in all. Raises PoolError."""
+        return thin_pool_total(self._status(), self._block)
+
+    def _status(self) -> str:
         try:
-            table, status = devicemapper.table(self.pool), devicemapper.status(self.pool)
+            self._block = self._block or thin_pool_block(devicemapper.table(self.pool))
+            return devicemapper.status(self.pool)
         except devicemapper.DeviceMapperError as error:
+            self._block = 0  # what comes by this name may be another
             raise PoolError(error.message) from error
-        return thin_pool_total(status, thin_pool_block(table))
 
 
 def allocated(image: str) -> int | None:

@@ -1,4 +1,4 @@
-"""What is said of a balance that somebody else runs."""
+"""What is said of a balance that storaged did not start."""
 
 from __future__ import annotations
 

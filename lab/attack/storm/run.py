@@ -233,7 +233,7 @@ class Storm:
             self._fault("btrfs check", str(error)[-300:])
         device = guest.device.rsplit("/", 1)[-1]
         bad = [line for line in _kernel_log() if line not in self._log_before and f"device {device}" in line]
-        # A scrub that meets a block of metadata while it is written anew counts a generation; `btrfs check` decides.
+        # A scrub that meets a block of metadata while it is rewritten counts a generation; `btrfs check` decides.
         self.counts["generations that a scrub counted"] += sum(SCRUB_MET.search(line) is not None for line in bad)
         bad = [line for line in bad if SCRUB_MET.search(line) is None]
         bad = [line for line in bad if any(word in line.lower() for word in self._bad_words())]

@@ -53,7 +53,7 @@ class _Stream(StreamingResponse):
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """`known`: may whoever asks see and do everything? Before `/api/` is reached `Guarded` has asked that, and more."""
+    """`known`: may the client see and do everything? Before `/api/` is reached `Guarded` has asked that, and more."""
 
     hub: Hub
     backend: Backend

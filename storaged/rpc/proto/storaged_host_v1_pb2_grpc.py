@@ -135,7 +135,7 @@ class HostServicer:
 
     def GetConsoleLink(self, request, context):
         """A link that signs a browser in to the console, once and for ten minutes.
-        Served to whoever may open this socket. FAILED_PRECONDITION when there is
+        Served to every client that may open this socket. FAILED_PRECONDITION when there is
         no console.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -73,7 +73,7 @@ class HostStub:
     """
     GetConsoleLink: _grpc.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.GetConsoleLinkRequest, _storaged_host_v1_pb2.GetConsoleLinkResponse]
     """A link that signs a browser in to the console, once and for ten minutes.
-    Served to whoever may open this socket. FAILED_PRECONDITION when there is
+    Served to every client that may open this socket. FAILED_PRECONDITION when there is
     no console.
     """
 
@@ -117,7 +117,7 @@ class HostAsyncStub(HostStub):
     """
     GetConsoleLink: _aio.UnaryUnaryMultiCallable[_storaged_host_v1_pb2.GetConsoleLinkRequest, _storaged_host_v1_pb2.GetConsoleLinkResponse]  # type: ignore[assignment]
     """A link that signs a browser in to the console, once and for ten minutes.
-    Served to whoever may open this socket. FAILED_PRECONDITION when there is
+    Served to every client that may open this socket. FAILED_PRECONDITION when there is
     no console.
     """
 
@@ -200,7 +200,7 @@ class HostServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_storaged_host_v1_pb2.GetConsoleLinkResponse, _abc.Awaitable[_storaged_host_v1_pb2.GetConsoleLinkResponse]]:
         """A link that signs a browser in to the console, once and for ten minutes.
-        Served to whoever may open this socket. FAILED_PRECONDITION when there is
+        Served to every client that may open this socket. FAILED_PRECONDITION when there is
         no console.
         """
 
