@@ -1,6 +1,6 @@
 """`make demo`: the main job, for real, in under a minute.
 
-A host's disk of 3 GiB carries the sparse images of two guests that were promised 4 GiB each. storaged-host shares what
+A host's disk of 5 GiB carries the sparse images of two guests that were promised 4 GiB each. storaged-host shares what
 there is; the host fills up, a guest writes at full speed, files are deleted, a guest is resized with storagectl, a
 guest's daemon and storaged-host are killed. Every claim is checked.
 """
