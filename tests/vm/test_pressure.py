@@ -159,7 +159,10 @@ async def test_with_the_controller_the_guest_meets_no_space_and_never_an_error(
         assert await machine.machine.io_status(machine.disk) == "ok"
         events = machine.machine.qmp.events
         assert not {"BLOCK_IO_ERROR", "STOP"} & set(events), events
-        assert 0 < seen.least <= RESERVE + 128 * MIB, "the host came close to its reserve, and never to its end"
+        # Room in metadata's chunks is the guest's whenever it wants it: no balloon takes it, so the host keeps it.
+        kept = (await machine.report()).balloon.may_write_bytes
+        print(f"{kept // MIB} MiB may still be written, most of it metadata")
+        assert 0 < seen.least <= RESERVE + kept + 128 * MIB, "close to its reserve, and never to its end"
 
         # What is deleted in the guest comes back to the host.
         gone, seen.kept = seen.kept[::2], seen.kept[1::2]
