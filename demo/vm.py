@@ -1,6 +1,6 @@
 """`make demo-vm`: the main job with two true virtual machines, each with a kernel of its own, over vsock.
 
-A host's disk of 3 GiB carries the sparse disks of two machines that were promised 4 GiB each. `storaged-host` shares it
+A host's disk of 5 GiB carries the sparse disks of two machines that were promised 4 GiB each. `storaged-host` shares it
 out; the host fills up, one guest writes at full speed, files are deleted, a guest is resized. Every claim is checked.
 """
 
@@ -31,8 +31,8 @@ from lab.vm.saved import Saved, save
 from storaged.host import superblock
 from storaged.units import GIB, MIB
 
-HOST, PROMISED, RESERVE = 3 * GIB, 4 * GIB, 512 * MIB
-OTHERS = 1200 * MIB
+HOST, PROMISED, RESERVE = 5 * GIB, 4 * GIB, 512 * MIB
+OTHERS = 2400 * MIB
 FILES = "/mnt/stateful/files"
 WRITE = f"""mkdir {FILES}; n=0
 while dd if=/dev/urandom of={FILES}/$n bs=1M count=8 conv=fsync 2>/tmp/said; do n=$((n+1)); done
