@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from storaged.core import events as ev
-from storaged.core.model import Level
+from storaged.core.pressure import says_critical
 from storaged.core.state import State
 from storaged.errors import StoragedError
 from storaged.resize.job import Job, JobState
@@ -22,7 +22,7 @@ class AutoGrow:
     Only a device that grows while the daemon watches counts. One that is merely larger than its filesystem may be about
     to be cut: a host shrinks the filesystem first and the image after it.
 
-    What is refused is remembered, and tried again when the level changes or a job has ended; never in between.
+    What is refused is remembered, and tried again when the host is better off or a job has ended; never in between.
     """
 
     def __init__(self, storage: StorageService) -> None:
@@ -65,10 +65,10 @@ class AutoGrow:
                 log.info("the device has grown to %s: so does the filesystem", format_size(device))
 
 
-def _occasion(state: State) -> tuple[Level, str]:
-    """What a refusal may have been for: the level, and the job that ended last."""
+def _occasion(state: State) -> tuple[bool, str]:
+    """What a refusal may have been for: a host that is critically full, and the job that ended last."""
     job = state.job
-    return state.pressure.level, job.id if job is not None and not job.active else ""
+    return says_critical(state.report, state.config), job.id if job is not None and not job.active else ""
 
 
 def _shrank(job: Job) -> bool:

@@ -89,6 +89,14 @@ def due(level: Level, report: HostReport, config: Config) -> Level:
     return max(LEVEL_AFTER[level][zone(report.free, config)], AT_LEAST[report.told])
 
 
+def says_critical(report: HostReport | None, config: Config) -> bool:
+    """True when the host's last report, by itself, is of a disk that is critically full.
+
+    At exactly `critical_enter` the host's word decides: who shares a disk adds its own reserve to a share of nothing.
+    """
+    return report is not None and (report.told is Told.CRITICAL or report.free < config.critical_enter)
+
+
 def reported(pressure: Pressure, report: HostReport, config: Config) -> Pressure:
     """Pressure after a host report that carries news."""
     wanted = due(pressure.level, report, config)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from storaged.core import balloon as bl
 from storaged.core import events as ev
-from storaged.core.model import Level
+from storaged.core.pressure import says_critical
 from storaged.core.state import Result, State
 from storaged.errors import Kind
 from storaged.resize import job as jb
@@ -37,7 +37,8 @@ def refusal(size: int, facts: ev.Facts, state: State, *, best_effort: bool = Fal
             Kind.OUT_OF_RANGE,
             f"size {size} is below the minimum of {facts.minimum} bytes (now {facts.size}): {facts.why}",
         )
-    if sector_floor(size) > facts.size and state.pressure.level is Level.CRITICAL:
+    # The level waits before it gets better; what the host said last does not.
+    if sector_floor(size) > facts.size and says_critical(state.report, state.config):
         return ev.RefuseResize(
             Kind.PRECONDITION,
             f"size {size} would grow the filesystem (now {facts.size} bytes) while the host's disk is critically"

@@ -8,7 +8,7 @@ import pytest
 
 from storaged.core import events as ev
 from storaged.core.machine import next_wakeup, step
-from storaged.core.model import Config
+from storaged.core.model import Config, Level, Told
 from storaged.core.resize import refusal
 from storaged.core.state import State
 from storaged.errors import Kind
@@ -54,6 +54,21 @@ def test_nothing_grows_while_the_host_is_critically_full() -> None:
     assert refused.kind is Kind.PRECONDITION
     assert refusal(4 * GIB, FACTS, state) is None, "shrinking helps"
     assert refusal(9 * GIB, FACTS, step(State(), reported(2 * GIB))[0]) is None
+
+
+def test_a_growth_is_judged_by_what_the_host_said_last() -> None:
+    # Not by the level, which stays CRITICAL until a better one has lasted.
+    state, _ = step(State(), reported(0, Told.CRITICAL))
+    state, _ = step(state, reported(4096 * GIB, Told.NORMAL, at=1))
+    assert state.pressure.level is Level.CRITICAL
+    assert refusal(9 * GIB, FACTS, state) is None
+    # A share of nothing on a disk that is well: a host adds what every guest leaves alone.
+    state, _ = step(State(), reported(CONFIG.reserve, Told.NORMAL))
+    assert refusal(9 * GIB, FACTS, state) is None
+    for free, told in ((CONFIG.critical_enter - 1, Told.LOW), (4096 * GIB, Told.CRITICAL)):
+        refused = refusal(9 * GIB, FACTS, step(State(), reported(free, told))[0])
+        assert refused is not None
+        assert "critically full" in refused.message
 
 
 def test_a_job_from_start_to_end() -> None:
