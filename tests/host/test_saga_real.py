@@ -29,6 +29,8 @@ SMALL, MIDDLE, LARGE = 1 * GIB, 3 * GIB // 2, 2 * GIB
 KILLED = "tests.host.killed"
 WITHIN_S = 60.0
 """A host is up, an answer there: on a machine that has much else to do."""
+DEAD = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}
+"""What a call to a process says that ends meanwhile."""
 ENDED = {pb.RESIZE_DONE, pb.RESIZE_FAILED, pb.RESIZE_CANCELLED}
 
 
@@ -155,7 +157,9 @@ def _ask(host: Host, size: int) -> str | None:
     try:
         host.resizable()
         return host.resize(size).id
-    except (grpc.RpcError, AssertionError):
+    except (grpc.RpcError, AssertionError) as error:
+        if isinstance(error, grpc.RpcError) and error.code() not in DEAD:
+            raise  # it lives, and refuses
         assert host.killed()
         return None
 
