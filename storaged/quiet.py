@@ -1,4 +1,4 @@
-"""Log lines about refusals at a bounded rate: a peer that is refused all the time does not fill the log."""
+"""Log lines about what peers do, at a bounded rate: one that is refused all the time does not fill the log."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ OTHERS = "other peers"
 
 
 @dataclass(slots=True)
-class RefusalLog:
+class BoundedLog:
     """Writes one line for each peer and reason in `every_s` seconds, with the number of those left out.
 
-    The first refusal is logged at once. Those that follow within `every_s` are counted, and logged as one line at its
-    end. Needs a running event loop; used from its thread alone.
+    The first is logged at once. Those that follow within `every_s` are counted, and logged as one line at its end,
+    as so many `counted`. Needs a running event loop; used from its thread alone.
     """
 
     log: logging.Logger
     level: int = logging.WARNING
     every_s: float = EVERY_S
+    counted: str = "refused"
     _counted: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def note(self, peer: str, reason: str, text: str) -> None:
-        """`peer` was refused for `reason`, a word of ours; `text` is the line."""
+        """`peer` did it, or was refused, for `reason`, a word of ours; `text` is the line."""
         if (peer, reason) not in self._counted and len(self._counted) >= MOST:
             peer = OTHERS
         key = peer, reason
@@ -44,7 +45,7 @@ class RefusalLog:
         more = self._counted.pop(key)
         if more:
             peer, reason = key
-            self.log.log(self.level, "%s: %d more refused in %g s: %s", peer, more, self.every_s, reason)
+            self.log.log(self.level, "%s: %d more %s in %g s: %s", peer, more, self.counted, self.every_s, reason)
             self._begin(key)
 
 

@@ -7,13 +7,13 @@ import logging
 
 import pytest
 
-from storaged.quiet import MOST, RefusalLog, peer_of
+from storaged.quiet import MOST, BoundedLog, peer_of
 
 log = logging.getLogger("tests.quiet")
 
 
 async def test_what_is_left_out_is_counted_at_the_end_of_the_window(caplog: pytest.LogCaptureFixture) -> None:
-    refusals = RefusalLog(log, every_s=0.2)
+    refusals = BoundedLog(log, every_s=0.2)
     for _ in range(50):
         refusals.note("10.0.0.5", "token", "10.0.0.5: no token")
     refusals.note("10.0.0.5", "name", "10.0.0.5: no name")
@@ -28,7 +28,7 @@ async def test_what_is_left_out_is_counted_at_the_end_of_the_window(caplog: pyte
 
 
 async def test_a_flood_of_peers_is_counted_together(caplog: pytest.LogCaptureFixture) -> None:
-    refusals = RefusalLog(log, every_s=0.2)
+    refusals = BoundedLog(log, every_s=0.2)
     for number in range(MOST + 100):
         refusals.note(f"peer {number}", "token", f"line {number}")
     assert len(caplog.messages) == MOST + 1

@@ -18,7 +18,7 @@ from storaged.errors import ConfigError, Kind, StoragedError
 from storaged.host.config import Tls
 from storaged.host.doors import Doors
 from storaged.host.sockets import clear
-from storaged.quiet import RefusalLog
+from storaged.quiet import BoundedLog
 from storaged.rpc.interceptors import StatusInterceptor
 from storaged.rpc.proto import common_pb2, vm_host_pb2, vm_host_pb2_grpc
 
@@ -40,7 +40,7 @@ class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
     def __init__(self, ready: Ready, came_from: Callable[[str], str]) -> None:
         self._ready = ready
         self._came_from = came_from
-        self._refusals = RefusalLog(log)
+        self._refusals = BoundedLog(log)
 
     async def VmReady(  # noqa: N802  # named as in the contract
         self,

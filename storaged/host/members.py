@@ -18,6 +18,7 @@ from storaged.host.leases import Answer
 from storaged.host.levels import Level
 from storaged.host.machines import Machine
 from storaged.host.watch import allocated, logical
+from storaged.quiet import BoundedLog
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,16 @@ class Client(Agent, Protocol):
 
 
 Connect = Callable[[GuestConfig], Client]
+READY_S = 1.0
+"""Starts of one guest's agent are looked at this often at most; more of them in that time are one."""
 
 
 @dataclass(slots=True)
 class Member:
     """A guest as the controller holds it. `grant`: the call under way. Others may look, and change nothing.
 
-    `unmet`: why there is no client though the machine runs.
+    `unmet`: why there is no client though the machine runs. `restart`: until then starts of its agent are not looked
+    at; `restarts` when there was one.
     """
 
     config: GuestConfig
@@ -56,6 +60,8 @@ class Member:
     watch: asyncio.Task[None] | None = None
     running: bool = False
     unmet: str = ""
+    restart: asyncio.TimerHandle | None = None
+    restarts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,7 @@ class Members:
         self._pool = pool
         self._connect = connect
         self._world = world
+        self._starts = BoundedLog(log, logging.INFO, counted="said")
         self._closing: set[asyncio.Task[None]] = set()
 
     def add(self, guest: GuestConfig) -> None:
@@ -103,6 +110,20 @@ class Members:
     def ready(self, guest: str) -> None:
         """The guest's agent has just started: whatever held its balloon before may be gone."""
         member = self.by_name[guest]
+        self._starts.note(guest, "its agent has started", f"{guest} is ready")
+        if member.restart is not None:
+            member.restarts = True
+            return
+        member.restart = asyncio.get_running_loop().call_later(READY_S, self._ready_again, member)
+        self._restarted(member)
+
+    def _ready_again(self, member: Member) -> None:
+        member.restart, restarts, member.restarts = None, member.restarts, False
+        if restarts:
+            member.restart = asyncio.get_running_loop().call_later(READY_S, self._ready_again, member)
+            self._restarted(member)
+
+    def _restarted(self, member: Member) -> None:
         if not member.running:
             self._joined(member)
             return
@@ -110,7 +131,7 @@ class Members:
             self._meet(member)
         if member.grant is not None:
             member.grant.cancel()
-        self._world.tell(ev.GuestRestarted(guest, time.monotonic()))
+        self._world.tell(ev.GuestRestarted(member.config.name, time.monotonic()))
 
     def grant(self, grant: ev.SetGrant, within_s: float) -> None:
         """Tell a guest what it may write; what became of it is told."""
@@ -121,6 +142,8 @@ class Members:
         """End all calls."""
         for member in self.by_name.values():
             _cancel(member)
+            if member.restart is not None:
+                member.restart.cancel()
             member.machine.close()
             if member.client is not None:
                 await member.client.close()

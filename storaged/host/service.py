@@ -87,7 +87,6 @@ class Host:
         if known is None:
             return False
         controller, name = known
-        log.info("%s is ready", name)
         controller.ready(name)
         return True
 

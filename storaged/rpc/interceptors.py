@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from storaged.errors import InvalidRequest, StoragedError, Unsupported
-from storaged.quiet import RefusalLog, peer_of
+from storaged.quiet import BoundedLog, peer_of
 from storaged.rpc.status import CODES
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self) -> None:
-        self._refusals = RefusalLog(log, logging.INFO)
+        self._refusals = BoundedLog(log, logging.INFO)
 
     async def intercept_service(
         self,

@@ -19,7 +19,7 @@ import pytest
 from lab.agent import agent, serve
 from storaged.addresses import TcpAddress, UnixAddress
 from storaged.errors import Kind, StoragedError
-from storaged.host import encode
+from storaged.host import encode, events, members, shares
 from storaged.host.api import HostApi
 from storaged.host.config import Discovery, GuestConfig, HostConfig, PoolConfig, Tls
 from storaged.host.controller import Controller
@@ -221,6 +221,37 @@ async def test_a_pool_that_hangs_stops_neither_calls_nor_the_end(tmp_path: Path)
             await bench.until(lambda: len(bench.agents["a"].told) > told)
         finally:
             bench.source.hangs.set()
+
+
+async def test_an_agent_that_says_all_the_time_that_it_starts_costs_a_line_and_a_step_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(members, "READY_S", 0.2)
+    starts: list[events.GuestRestarted] = []
+    step = shares.HANDLERS[events.GuestRestarted]
+
+    def counted(state: State, event: events.GuestRestarted) -> shares.Result:
+        starts.append(event)
+        return step(state, event)
+
+    monkeypatch.setitem(shares.HANDLERS, events.GuestRestarted, counted)
+    async with running(tmp_path, 40 * GIB, "a") as bench:
+        await bench.until(lambda: bench.bound("a"))
+        with caplog.at_level("INFO", "storaged.host.members"):
+            for _ in range(1000):
+                bench.controller.ready("a")
+                await asyncio.sleep(0.001)
+            said = [record.getMessage() for record in caplog.records if "is ready" in record.getMessage()]
+            assert said == ["a is ready"], "the rest is one line every ten seconds"
+            assert 2 <= len(starts) <= 20
+            # The last start is never one of those left out.
+            told = len(bench.agents["a"].told)
+            await asyncio.sleep(0.5)
+            starts.clear()
+            bench.controller.ready("a")
+            bench.controller.ready("a")
+            await bench.until(lambda: len(starts) == 2)
+            await bench.until(lambda: len(bench.agents["a"].told) > told)
 
 
 async def test_what_an_ended_machine_had_goes_to_the_others(tmp_path: Path, machine: subprocess.Popen[bytes]) -> None:

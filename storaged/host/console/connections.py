@@ -17,7 +17,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from storaged.host.console.limits import Crowd, Limits, peer_name
-from storaged.quiet import RefusalLog
+from storaged.quiet import BoundedLog
 
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)
 _REASONS = {408: "Request Timeout", 429: "Too Many Requests", 503: "Service Unavailable"}
@@ -34,7 +34,7 @@ def peer_uid(connected: socket.socket) -> int | None:
 class Connections:
     """All connections of one console. `refusals`: where those that are ended are logged."""
 
-    def __init__(self, limits: Limits, refusals: RefusalLog) -> None:
+    def __init__(self, limits: Limits, refusals: BoundedLog) -> None:
         self.limits = limits
         self.refusals = refusals
         self.crowd: Crowd[Bounded] = Crowd(limits.connections_per_peer, limits.connections, lambda each: each.waits)

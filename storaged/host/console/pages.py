@@ -23,7 +23,7 @@ from storaged.host.console.connections import details
 from storaged.host.console.guard import SESSION_S, Codes, Door, Sessions
 from storaged.host.console.hub import Hub
 from storaged.host.console.limits import Streams
-from storaged.quiet import RefusalLog
+from storaged.quiet import BoundedLog
 from storaged.units import MAX_SIZE
 
 STATIC = Path(__file__).resolve().parent / "static"
@@ -60,7 +60,7 @@ class Pages:
     door: Door
     codes: Codes
     streams: Streams
-    refusals: RefusalLog
+    refusals: BoundedLog
     sessions: Sessions
     known: Callable[[Request], bool]
 

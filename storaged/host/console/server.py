@@ -24,7 +24,7 @@ from storaged.host.console.guard import Codes
 from storaged.host.console.hub import Hub
 from storaged.host.console.limits import Limits, Streams
 from storaged.host.console.settings import ConsoleSettings, read_token, read_users
-from storaged.quiet import RefusalLog
+from storaged.quiet import BoundedLog
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Console:
         if self._socket is None:
             self.bind()
         assert self._socket is not None
-        hub, refusals = Hub(self._backend), RefusalLog(log)
+        hub, refusals = Hub(self._backend), BoundedLog(log)
         door, streams = guard.door(self._settings, self._token, self._uids), Streams(self._limits)
         app = web.application(hub, self._backend, door, self._codes, streams, refusals, tls=self._settings.tls)
         quiet()

@@ -19,7 +19,7 @@ from storaged.host.console.guard import Codes, Door, Refusal, Sessions
 from storaged.host.console.hub import Hub
 from storaged.host.console.limits import Streams
 from storaged.host.console.pages import Pages, cookie_name
-from storaged.quiet import RefusalLog
+from storaged.quiet import BoundedLog
 
 HOW = "sign in: `storagectl console`, on the host, prints a link; scripts send the token of console.token_file"
 _STATUS = {
@@ -47,7 +47,7 @@ class Guarded:
     """Before anything else: is it our name, our page, somebody who may? After: headers that keep the page ours."""
 
     def __init__(
-        self, app: ASGIApp, door: Door, known: Callable[[Request], bool], refusals: RefusalLog, *, tls: bool
+        self, app: ASGIApp, door: Door, known: Callable[[Request], bool], refusals: BoundedLog, *, tls: bool
     ) -> None:
         self._app = app
         self._door = door
@@ -98,7 +98,7 @@ def _refused(refusal: Refusal) -> Response:
 
 
 def application(
-    hub: Hub, backend: Backend, door: Door, codes: Codes, streams: Streams, refusals: RefusalLog, *, tls: bool
+    hub: Hub, backend: Backend, door: Door, codes: Codes, streams: Streams, refusals: BoundedLog, *, tls: bool
 ) -> ASGIApp:
     """Everything that a browser can ask."""
     sessions = Sessions()
