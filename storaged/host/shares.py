@@ -88,7 +88,17 @@ def _doubts(state: State) -> str:
     unproven = sum(guest.runs and guest.lease.bound and not guest.lease.proven for guest in state.guests.values())
     told = [f"{unbound} with no bound"] if unbound else []
     told += [f"{unproven} whose agents tell nothing of preallocated files"] if unproven else []
-    return f"; guests: {', '.join(told)}" if told else ""
+    doubts = f"; guests: {', '.join(told)}" if told else ""
+    # One that says so of itself takes all others' room: the word is its own, so its name is told.
+    beyond = {name: _beyond(guest) for name, guest in state.guests.items() if guest.runs and guest.lease.bound}
+    most = max(beyond, key=lambda name: beyond[name], default=None)
+    if most is not None and beyond[most] >= max(state.pool.free // 8, state.settings.overrun):
+        doubts += f"; {most} says that it can write {format_size(beyond[most])} more than it was granted"
+    return doubts
+
+
+def _beyond(guest: Guest) -> int:
+    return leases.outstanding(guest.lease, guest.image, guest.size) - guest.lease.granted
 
 
 def _shared(state: State, at: float) -> Result:

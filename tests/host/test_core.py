@@ -16,7 +16,7 @@ from storaged.host.levels import Level, Pressure
 from storaged.host.model import Guest, Presence, books, established
 from storaged.host.settings import Sharing
 from storaged.host.shares import next_wakeup, step
-from storaged.units import GIB, MIB
+from storaged.units import GIB, MIB, format_size
 from tests.host.told import Told
 
 SETTINGS = Sharing()
@@ -221,3 +221,18 @@ def test_saying_that_one_is_new_makes_no_debt_forgotten() -> None:
     told.answer(told.sent["a"])
     told.look(40 * GIB)
     assert established(told.state)
+
+
+def test_a_guest_that_says_it_can_write_all_is_named_when_the_promise_breaks() -> None:
+    told = Told("a", "b", free=40 * GIB)
+    for sequence in range(1, 5):
+        for grant in told.open.values():
+            told.says(grant, Answer(grant.size, grant.size, sequence))
+        told.open = {}
+        told.look(40 * GIB)
+    assert told.state.holds
+    told.step(ev.PotentialReported("b", 400 * GIB, 9, told.now))
+    (note,) = (note.text for note in told.notes if note.topic is ev.Topic.BROKEN)
+    assert note.startswith("guests may write more than there is: promised ")
+    beyond = 400 * GIB - told.state.guests["b"].lease.granted
+    assert note.endswith(f"; b says that it can write {format_size(beyond)} more than it was granted")
