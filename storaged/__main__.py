@@ -31,6 +31,7 @@ SERVE = (
     "log_level",
     "crash_host",
     "wait_for_stateful",
+    "allow_unsupported",
 )
 TLS = {"certificate": "tls_cert", "key": "tls_key", "client_authority": "tls_client_ca", "insecure": "insecure"}
 """Settings that an option of the command line overrides, and its name."""
@@ -53,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--crash-host", metavar="ADDR", help="who is told of programs that ended; `host` likewise")
     serve.add_argument(
         "--wait-for-stateful", action="store_true", default=None, help="serve before the filesystem is mounted"
+    )
+    serve.add_argument(
+        "--allow-unsupported", action="store_true", default=None, help="start on a kernel or mount that `check` fails"
     )
     serve.add_argument("--only-storage", action="store_true", default=None, help="serve the storage calls alone")
     serve.add_argument(

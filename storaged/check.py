@@ -45,12 +45,18 @@ def examine(stateful: str) -> Iterator[Line]:
     yield _events()
 
 
-def _kernel(release: str) -> Line:
+def unfit(release: str, *, read_only: bool, stateful: str) -> str:
+    """Why the engine cannot do its work on Linux `release`, or on what is mounted at `stateful`; empty if it can."""
     match = re.match(r"(\d+)\.(\d+)", release)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
-    if version >= OLDEST_KERNEL:
-        return Line("kernel", Verdict.OK, f"Linux {release}")
-    return Line("kernel", Verdict.FAILED, f"Linux {release} is older than 5.14: a resize could not be cancelled")
+    if version < OLDEST_KERNEL:
+        return f"Linux {release} is older than 5.14: a resize could not be cancelled"
+    return f"{stateful} is mounted read-only" if read_only else ""
+
+
+def _kernel(release: str) -> Line:
+    problem = unfit(release, read_only=False, stateful="")
+    return Line("kernel", Verdict.FAILED if problem else Verdict.OK, problem or f"Linux {release}")
 
 
 def _rights() -> Line:
@@ -79,10 +85,10 @@ def _filesystem(stateful: str) -> Iterator[Line]:
         return
     try:
         size = format_size(space.size)
-        if space.read_only:
-            yield Line("filesystem", Verdict.FAILED, f"{stateful} is mounted read-only")
-        else:
-            yield Line("filesystem", Verdict.OK, f"btrfs of {size} on {filesystem.device_path}, one device")
+        # The kernel has a line of its own.
+        problem = unfit("{}.{}".format(*OLDEST_KERNEL), read_only=space.read_only, stateful=stateful)
+        fine = f"btrfs of {size} on {filesystem.device_path}, one device"
+        yield Line("filesystem", Verdict.FAILED if problem else Verdict.OK, problem or fine)
         if space.exclusive_operation == "none":
             yield Line("exclusive operation", Verdict.OK, "none is running")
         else:

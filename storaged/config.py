@@ -46,6 +46,13 @@ class ServeConfig:
             " the storage calls answer FAILED_PRECONDITION, and metrics are not there. Always so as process 1."
         },
     )
+    allow_unsupported: bool = field(
+        default=False,
+        metadata={
+            "help": "Start the engine on a kernel or a read-only mount with which `storaged check` says that it cannot"
+            " do its work."
+        },
+    )
     crash_host: str = field(
         default="",
         metadata={

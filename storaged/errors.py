@@ -54,6 +54,12 @@ class NotBtrfs(Unsupported):
     """No btrfs is mounted there, or none yet."""
 
 
+class Unfit(StoragedError):
+    """What `storaged check` calls FAILED about this machine or this mount."""
+
+    kind = Kind.PRECONDITION
+
+
 class ConfigError(StoragedError):
     """A configuration key or command-line value that is not accepted."""
 

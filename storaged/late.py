@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from storaged.core.model import Config
 from storaged.core.ports import World
-from storaged.errors import Kind, NotBtrfs, StoragedError
+from storaged.errors import Kind, NotBtrfs, StoragedError, Unfit
 from storaged.runtime import ANSWER_WITHIN_S, Observer, StorageService
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class LateStorage:
         async with self._one:
             if await self._try() is None and not self._patient:
                 failure = self._failure
-                if isinstance(failure, StoragedError) and failure.kind in FATAL:
+                if isinstance(failure, Unfit) or (isinstance(failure, StoragedError) and failure.kind in FATAL):
                     raise failure
 
     async def alive(self) -> None:

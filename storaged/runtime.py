@@ -74,7 +74,8 @@ class StorageService(Writer):
             None,
         )
         self._counting = asyncio.ensure_future(self._count())
-        self._writer = asyncio.create_task(self._run(), name="storage writer")
+        self._counting.add_done_callback(self._finished)
+        self._begin()
 
     async def close(self) -> None:
         """Begin to stop: watchers are let go, a running job is cancelled at a committed step."""
@@ -232,7 +233,8 @@ class StorageService(Writer):
     async def alive(self) -> None:
         """Returns once the writer has handled all that came before: it does not when the writer hangs."""
         clock = self._world.clock
-        await self._ask(ev.Tick(clock.monotonic(), clock.wall()))
+        with contextlib.suppress(StoragedError):  # a Tick that failed was handled, told and counted all the same
+            await self._ask(ev.Tick(clock.monotonic(), clock.wall()))
 
     def reconfigure(self, config: Config) -> None:
         """Decide by `config` from the next event on. Between two steps: the writer never yields within one."""
@@ -242,7 +244,11 @@ class StorageService(Writer):
     def capacity_changed(self) -> None:
         """The device may have another size now."""
         clock = self._world.clock
-        device = self._world.filesystem.device_size()
+        try:
+            device = self._world.filesystem.device_size()
+        except (StoragedError, OSError) as error:  # it went meanwhile; a job that waits for it polls
+            self._note_once(f"looking at the device failed: {error}")
+            return
         self._post(ev.CapacityChanged(device, clock.monotonic(), clock.wall()))
 
     def current_size(self) -> int:

@@ -26,7 +26,7 @@ from storaged.core.model import Config, DirtyLimits, KernelReclaim, Space, Unwri
 from storaged.core.ports import World
 from storaged.core.record import to_record
 from storaged.core.state import State
-from storaged.errors import FilesystemError, StoragedError
+from storaged.errors import FilesystemError, Kind, StoragedError
 from storaged.resize.bounds import Bounds
 from storaged.resize.job import Job
 from storaged.resize.runner import ResizeRunner
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 ANSWER_WITHIN_S = 15.0
 """A host gives 20 s: an answer must go out in time whatever the disk does."""
+REST_AFTER_A_FAULT_S = 1.0
+"""What waits for time waits so long after a fault of ours: it may be what met it, and would at once meet it again."""
 MOST_NOTES = 64
 COUNT_PATIENCE_S = 0.5
 COUNT_AGAIN = 16 * MIB
@@ -65,6 +67,8 @@ class Snapshot:
     inflated_total: int
     deflated_total: int
     moved_total: int
+    faults: int
+    """Events and effects that failed by a fault of storaged."""
     wall: float
 
 
@@ -103,6 +107,10 @@ class Writer:
         self._counted_with = 0
         self._unsaved = ""
         """Why the journal could not be written the last time; empty when it was."""
+        self._put_off: int | None = None
+        """A write-back limit, in bytes, that is set once those found are saved."""
+        self._faults = 0
+        self._rest_until = 0.0
         self._moved_total = 0
         self._bounds: Bounds | None = None
         self._bounds_for: Space | None = None
@@ -135,23 +143,52 @@ class Writer:
 
     # --- the task
 
+    def _begin(self) -> None:
+        self._writer = asyncio.create_task(self._run(), name="storage writer")
+        self._writer.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """The state is whole between two events: another task can go on with it."""
+        if self._stopped or task.get_loop().is_closed():
+            return
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        self._fault("the engine's writer ended and begins again: it", error)
+        self._begin()
+
     async def _run(self) -> None:
         while not self._stopped:
-            event, waiter = await self._next()
+            try:
+                event, waiter = await self._next()
+            except (StoragedError, OSError) as error:
+                self._rest()
+                self._note_once(f"looking at the device failed: {error}")
+                continue
             try:
                 await self._process(event, waiter)
-            except Exception as error:
-                # One broken event must not end the daemon; whoever waits is told.
-                log.exception("handling %s failed", type(event).__name__)
+            except Exception as error:  # noqa: BLE001  # one broken event must not end the daemon; whoever waits is told
+                self._fault(f"handling {type(event).__name__}", error)
                 if waiter is not None and not waiter.done():
                     waiter.set_exception(StoragedError(f"internal error: {error!r}"))
+
+    def _rest(self) -> None:
+        self._rest_until = self._world.clock.monotonic() + REST_AFTER_A_FAULT_S
+
+    def _fault(self, what: str, error: BaseException | None) -> None:
+        """Tell, and count, what only a fault of storaged can bring about."""
+        self._faults += 1
+        self._rest()
+        text = f"{what} failed by a fault of storaged: {error!r}"
+        if text not in self._notes:
+            self._notes.append(text)
+            log.error("%s", text, exc_info=error)
+        self._publish()
 
     async def _next(self) -> tuple[ev.Event, asyncio.Future[Any] | None]:
         """The next event: what waits in the queue, else a Tick or a look at the device when one is due."""
         clock = self._world.clock
         if self._queue.empty():
             wake = machine.next_wakeup(self._state)
-            timeout = None if wake is None else max(wake - clock.monotonic(), 0.001)
+            timeout = None if wake is None else max(max(wake, self._rest_until) - clock.monotonic(), 0.001)
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(self._queue.get(), timeout)
         else:
@@ -175,6 +212,8 @@ class Writer:
                 await self._perform(effect, waiter)
             except (StoragedError, OSError) as error:
                 self._note(f"{type(effect).__name__} failed: {error}", warning=True)
+            except Exception as error:  # noqa: BLE001  # an answer may be among those that follow
+                self._fault(type(effect).__name__, error)
         if waiter is not None and not waiter.done() and not isinstance(event, ev.HostReported):
             waiter.set_result(None)
         job = self._state.job
@@ -186,7 +225,10 @@ class Writer:
                 ended.set_result(job)
         self._publish()
         for observer in self._observers:
-            observer(event, self._state)
+            try:
+                observer(event, self._state)
+            except Exception as error:  # noqa: BLE001  # who only looks on must not stop what it looks at
+                self._fault("whoever observes the engine", error)
 
     def _job_end(self, job_id: str) -> asyncio.Future[Job]:
         """Done when the job has ended. Whoever waits is shielded from others who give up."""
@@ -206,11 +248,9 @@ class Writer:
                     self._trimming = True
                     self._spawn(self._trim_in_background())
             case ev.SetDirtyLimits(dirty_bytes):
-                found = await self._in("state", world.sysctl.dirty_limits)
-                await self._process(ev.DirtyLimitsFound(found), None)
-                lowered = DirtyLimits(dirty_bytes, dirty_bytes // 2, 0, 0)
-                await self._in("state", world.sysctl.set_dirty_limits, lowered)
+                await self._lower_dirty_limits(dirty_bytes)
             case ev.RestoreDirtyLimits(limits):
+                self._put_off = None
                 await self._in("state", world.sysctl.set_dirty_limits, limits)
                 await self._process(ev.DirtyLimitsRestored(), None)
             case ev.RuleOutReclaim():
@@ -246,11 +286,22 @@ class Writer:
                 if waiter is not None and not waiter.done():
                     waiter.set_result(effect)
 
+    async def _lower_dirty_limits(self, size: int) -> None:
+        sysctl = self._world.sysctl
+        await self._process(ev.DirtyLimitsFound(await self._in("state", sysctl.dirty_limits)), None)
+        self._put_off = None
+        if self._unsaved:  # a crash would take the lowered ones for the machine's own
+            self._put_off = size
+        else:
+            await self._in("state", sysctl.set_dirty_limits, DirtyLimits(size, size // 2, 0, 0))
+
     # --- effects that block -----------------------------------------------------------------------------------------
 
     def _hold(self, limit: int | None, fresh: bool) -> None:
         """One at a time; of those that wait only the newest counts."""
         if self._holding:
+            # A retry must not take the place of the report whose limit it repeats.
+            fresh = fresh or (limit, True) in self._hold_next
             self._hold_next = [(limit, fresh)]
             self._engine.superseded.set()
             return
@@ -281,7 +332,7 @@ class Writer:
     async def _balloon_size(self) -> int:
         try:
             return int(await self._in("balloon", self._engine.size))
-        except (StoragedError, OSError):
+        except Exception:  # noqa: BLE001  # asked for after a failure, which is what is told
             return self._state.balloon.size
 
     async def _sample(self, adjust: bool) -> None:
@@ -347,6 +398,8 @@ class Writer:
             if self._unsaved:
                 self._note("the journal is saved again")
             self._unsaved = ""
+            if self._put_off is not None:
+                await self._lower_dirty_limits(self._put_off)
 
     async def _trim_in_background(self) -> None:
         try:
@@ -394,6 +447,8 @@ class Writer:
 
     def _ask(self, event: ev.Event) -> asyncio.Future[Any]:
         """Post `event`; the future has its answer, or None once it was handled and the core has none."""
+        if self._stopped:
+            raise StoragedError("storaged is stopping", Kind.UNAVAILABLE)
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((event, waiter))
         return waiter
@@ -408,8 +463,12 @@ class Writer:
 
     def _finished(self, task: asyncio.Future[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, StoragedError | OSError):
             self._note(f"background work failed: {error}", warning=True)
+        else:
+            self._fault("background work", error)
 
     async def _settle_tasks(self) -> None:
         """Wait until effects and the events they raised are through, or the disk has not answered for too long."""
@@ -419,6 +478,11 @@ class Writer:
             if self._tasks:
                 await asyncio.wait(set(self._tasks), timeout=1)
             await asyncio.sleep(0)
+
+    def _note_once(self, text: str) -> None:
+        """As a warning, unless that is the last thing that was said."""
+        if not self._notes or self._notes[-1] != text:
+            self._note(text, warning=True)
 
     def _note(self, text: str, *, warning: bool = False) -> None:
         self._notes.append(text)
@@ -443,6 +507,7 @@ class Writer:
             inflated_total=self._engine.inflated_total,
             deflated_total=self._engine.deflated_total,
             moved_total=self._moved_total,
+            faults=self._faults,
             wall=self._world.clock.wall(),
         )
         self._changed.set()

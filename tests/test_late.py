@@ -19,7 +19,7 @@ from storaged.btrfs import capacity
 from storaged.btrfs.filesystem import BtrfsFilesystem
 from storaged.core.model import Config, Space, Told
 from storaged.core.ports import World
-from storaged.errors import ConfigError, FilesystemError, Kind, NotBtrfs, StoragedError, Unsupported
+from storaged.errors import ConfigError, FilesystemError, Kind, NotBtrfs, StoragedError, Unfit, Unsupported
 from storaged.late import LateStorage
 from storaged.runtime import StorageService
 from storaged.sim import SimBalloonFile, SimDisk, SimFilesystem, make_world
@@ -95,6 +95,21 @@ async def test_nothing_begins_after_the_end() -> None:
     later.there = True
     assert not await later.storage.look()
     assert not later.begun
+
+
+@pytest.mark.parametrize("patient", [False, True])
+async def test_what_check_calls_failed_ends_the_start_unless_it_may_wait(patient: bool) -> None:
+    def make() -> World:
+        raise Unfit("/mnt/x is mounted read-only")
+
+    storage = LateStorage(make, "/mnt/x", Config(), Later()._begin, patient=patient)
+    if patient:
+        await storage.start()
+        assert "mounted read-only" in storage.reason
+    else:
+        with pytest.raises(Unfit, match="mounted read-only"):
+            await storage.start()
+    await storage.stop()
 
 
 def test_looking_for_it_leaves_no_file_open(tmp_path: Path) -> None:

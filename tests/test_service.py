@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -351,3 +352,13 @@ def test_the_same_status_is_said_once(tmp_path: Path) -> None:
         notifier.status(text)
     assert manager.hear() == ["STATUS=a", "STATUS=b", "STATUS=a"]
     manager.close()
+
+
+async def test_background_work_that_fails_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    task = daemon._watched(work())
+    await asyncio.wait([task])
+    await asyncio.sleep(0)
+    assert "work ended by a fault of storaged: ZeroDivisionError" in caplog.text

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import fields
+from functools import partial
 
 from storaged import __version__, cmdline
 from storaged.addresses import VsockAddress, parse_address
@@ -53,11 +54,11 @@ async def serve(options: Options) -> None:
         what = what_is_served(storage, options) if at_once else f"what will be managed at {settings.serve.stateful}"
         log.info("storaged %s serves %s on %s", __version__, what, ", ".join(map(str, bound)))
         service.ready()
-        background = [asyncio.create_task(work) for work in _works(server, service, settings, stopping)]
+        background = [_watched(work) for work in _works(server, service, settings, stopping)]
         if at_once:
             await beside.begin(storage)
         elif late is not None:
-            background.append(asyncio.create_task(late.watch_for_it()))
+            background.append(_watched(late.watch_for_it()))
         await stopping.wait()
         log.info("stopping")
         notifier.stopping()
@@ -80,6 +81,18 @@ async def serve(options: Options) -> None:
         server.power.power_off()
 
 
+def _watched(work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    """`work` as a task; that it failed is told at once, not when the daemon ends."""
+    task = asyncio.create_task(work, name=getattr(work, "__qualname__", "background work"))
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s ended by a fault of storaged: %r", task.get_name(), error, exc_info=error)
+
+    task.add_done_callback(ended)
+    return task
+
+
 def _react(stop: Callable[[], None], reload: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     for number, react in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
@@ -92,9 +105,8 @@ def _storage(options: Options, beside: Beside) -> tuple[StorageService, LateStor
     if options.sim:
         return StorageService(sim_world(options), settings.storage), None
     where, journal = settings.serve.stateful, settings.serve.state_dir
-    late = LateStorage(
-        lambda: real_world(where, journal), where, settings.storage, beside.begin, patient=_waits(settings)
-    )
+    make = partial(real_world, where, journal, fit=not settings.serve.allow_unsupported)
+    late = LateStorage(make, where, settings.storage, beside.begin, patient=_waits(settings))
     return late.as_storage(), late
 
 

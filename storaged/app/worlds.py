@@ -6,19 +6,24 @@ import asyncio
 import contextlib
 import logging
 import os
+import platform
 from dataclasses import replace
 
 from storaged.app.options import Options
+from storaged.check import unfit
 from storaged.core.ports import World
-from storaged.errors import Kind, StoragedError
+from storaged.errors import Kind, StoragedError, Unfit
 from storaged.runtime import StorageService
 from storaged.units import format_size
 
 log = logging.getLogger("storaged")
 
 
-def real_world(stateful: str, state_dir: str) -> World:
-    """The ports of the btrfs mounted at `stateful`. Raises StoragedError when it cannot be managed."""
+def real_world(stateful: str, state_dir: str, *, fit: bool = False) -> World:
+    """The ports of the btrfs mounted at `stateful`. Raises StoragedError when it cannot be managed.
+
+    `fit`: raise Unfit on a kernel or a mount with which the engine cannot do its work.
+    """
     # Imported here: `--sim` and the command line must work where these libraries cannot.
     from storaged.balloon.file import BtrfsBalloonFile
     from storaged.btrfs.filesystem import BtrfsFilesystem
@@ -33,6 +38,9 @@ def real_world(stateful: str, state_dir: str) -> World:
         raise StoragedError(f"the filesystem at {stateful} cannot be used: {error}", Kind.UNAVAILABLE) from error
     with contextlib.ExitStack() as undo:
         undo.callback(filesystem.close)
+        read_only = filesystem.space().read_only
+        if fit and (problem := unfit(platform.release(), read_only=read_only, stateful=stateful)):
+            raise Unfit(f"{problem}; serve.allow_unsupported starts all the same")
         journal = FileJournal(os.path.join(state_dir, filesystem.uuid))
         balloon = BtrfsBalloonFile(filesystem.mountpoint)
         undo.callback(balloon.close)

@@ -154,14 +154,15 @@ class BalloonEngine:
         """Size the balloon so that no more than `limit` bytes can still reach the host; None gives everything back.
 
         `fresh`: the host has just said so. Otherwise it said so some time ago, and what applications have written
-        since counts against it; where nobody knows how much that is, nothing is given back.
+        since counts against it; where nobody knows how much that is, nothing is given back. A limit that is newer
+        takes its place, also that of None.
         Returns when it is so and committed. Raises FilesystemError with the reason when it cannot be.
         """
         with self.lock:
             try:
-                if limit is None:
+                if limit is None and (fresh or self._grant is None):
                     return self._release()
-                if fresh:
+                if fresh and limit is not None:
                     self._granted(limit)
                 else:
                     self._fs.sync()  # until then what was freed counts as spent
@@ -188,13 +189,13 @@ class BalloonEngine:
         self._grant = Grant(limit, spent, unwritten, known, written)
         self._excess = 0
 
-    def _count_again(self, limit: int) -> None:
+    def _count_again(self, limit: int | None) -> None:
         """What is preallocated, where that was not known yet or stands in the way."""
         grant = self._grant
-        if grant is None or grant.spent is None:  # after a restart: nothing is given back
+        if limit is not None and (grant is None or grant.spent is None):  # after a restart: nothing is given back
             unwritten, known = self._unwritten(self._fs.space(), LOOK_PATIENCE_S if grant is None else 0)
             self._grant = Grant(limit, None, unwritten if known else 0, known)
-        elif not grant.known or grant.overcommitted:
+        elif grant is not None and (not grant.known or grant.overcommitted):
             space = self._fs.space()
             spent, written = self._spent(space), self._fs.device_written()
             unwritten, known = self._unwritten(space, 0)

@@ -170,17 +170,20 @@ def retry(state: State) -> Result:
 
 
 def release_requested(state: State, event: ev.ReleaseRequested) -> Result:
+    asked = state.balloon.asked
     balloon = replace(
         state.balloon,
         state=BALLOON_AFTER[state.balloon.state][BalloonSignal.LOOSEN],
         limit=None,
         pending=True,
+        asked=False,
         retry_at=None,
         guard_at=None,
     )
     state, restoring = act(replace(state, balloon=balloon, pressure=pr.Pressure(), report=None), Level.NORMAL, event.at)
     reclaim = () if state.reclaim_found is None else (ev.RestoreReclaim(state.reclaim_found),)
-    return state, (ev.HoldAvailable(None), *restoring, *reclaim, ev.Save())
+    refused = (ev.AnswerReport("the balloon was released meanwhile: nothing is held"),) if asked else ()
+    return state, (*refused, ev.HoldAvailable(None), *restoring, *reclaim, ev.Save())
 
 
 def reclaim_found(state: State, event: ev.ReclaimFound) -> Result:

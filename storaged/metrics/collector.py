@@ -115,6 +115,7 @@ class StorageCollector:
             "storaged_reclaimed_bytes_total": _maybe(state.reclaimed),
             "storaged_resize_state": one_hot(_known("storaged_resize_state"), word(job.state if job else None)),
             "storaged_resize_jobs_total": {(way, end): count for (way, end), count in self._jobs.items()},
+            "storaged_internal_errors_total": _maybe(snapshot.faults),
             "storaged_resize_moved_bytes_total": _maybe(moved),
             **_of_job(running),
         }

@@ -93,6 +93,9 @@ GUEST = (
         "Resize jobs that ended",
         (("direction", ("grow", "shrink")), ("outcome", tuple(OUTCOMES.values()))),
     ),
+    Family(
+        "storaged_internal_errors_total", _C, "What failed in the engine by a fault of storaged; the log tells more"
+    ),
     Family("storaged_resize_moved_bytes_total", _C, "Bytes relocated by shrinks"),
     Family("storaged_resize_progress_ratio", _G, "Share of the running job that is done", present=RUNNING),
     Family("storaged_resize_target_bytes", _G, "Size that the running job was asked for", present=RUNNING),

@@ -69,6 +69,7 @@ class SimFilesystem:
         return self.disk.size
 
     def device_size(self) -> int:
+        self.disk.faults.meet("device_size")
         return self.disk.device
 
     def statvfs_available(self) -> int | None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 
+import grpc
 import pytest
 
 from lab.daemon import Daemon
 from lab.loop import Guest, fill, run
+from storaged import app, check
 from storaged.balloon.place import NAMES
 from storaged.btrfs.filesystem import BtrfsFilesystem
 from storaged.btrfs.resizer import ChildResizer
+from storaged.errors import Unfit
 from storaged.rpc.proto import storaged_v1_pb2, vm_guest_pb2
 from storaged.units import GIB, MIB
 from tests.btrfs import support
@@ -94,10 +100,32 @@ def test_a_cancel_ends_no_paused_balance(make_guest: MakeGuest, make_daemon: Mak
     run("btrfs", "balance", "cancel", guest.mountpoint)
 
 
+def test_what_check_calls_failed_is_not_served_in_silence(
+    make_guest: MakeGuest, make_daemon: MakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = make_guest(GIB)
+    where = str(guest.mountpoint)
+    monkeypatch.setattr(platform, "release", lambda: "5.10.0-32-amd64")
+    said = next(line.reason for line in check.examine(where) if line.topic == "kernel")
+    assert "5.10.0-32-amd64 is older than 5.14" in said
+    with pytest.raises(Unfit, match=re.escape(said)):
+        app.real_world(where, str(tmp_path), fit=True)
+    app.real_world(where, str(tmp_path)).close()
+    monkeypatch.undo()
+
+    run("mount", "-o", "remount,ro", guest.mountpoint)
+    said = next(line.reason for line in check.examine(where) if line.topic == "filesystem")
+    with pytest.raises(RuntimeError, match=re.escape(f"{said}; serve.allow_unsupported starts all the same")):
+        make_daemon(guest)
+    patient = make_daemon(guest, "--wait-for-stateful", managed=False)
+    with pytest.raises(grpc.RpcError, match=re.escape(said)):
+        patient.report()
+
+
 def test_a_filesystem_mounted_read_only(make_guest: MakeGuest, make_daemon: MakeDaemon, figures: Figures) -> None:
     guest = make_guest(GIB)
     run("mount", "-o", "remount,ro", guest.mountpoint)
-    daemon = make_daemon(guest, *METRICS)
+    daemon = make_daemon(guest, *METRICS, "--allow-unsupported")
     _fails(daemon, 300 * MIB, "read-only")
     assert daemon.report().filesystem.read_only
     run("mount", "-o", "remount,rw", guest.mountpoint)

@@ -268,7 +268,8 @@ def test_a_release_that_failed_does_not_spin() -> None:
 def test_a_release_gives_everything_back() -> None:
     state, _ = play(State(), reported(0), ev.DirtyLimitsFound(FOUND))
     state, effects = step(state, ev.ReleaseRequested(1.0))
-    assert kinds(effects) == [ev.HoldAvailable, ev.RestoreDirtyLimits, ev.Save]
-    assert effects[0] == ev.HoldAvailable(None)
+    assert kinds(effects) == [ev.AnswerReport, ev.HoldAvailable, ev.RestoreDirtyLimits, ev.Save]
+    assert effects[0] != ev.AnswerReport(), "a report that waits is not told that anything is held"
+    assert effects[1] == ev.HoldAvailable(None)
     state, _ = step(state, ev.DirtyLimitsRestored())
     assert (state.balloon.limit, state.dirty_found, state.pressure, state.report) == (None, None, Pressure(), None)
