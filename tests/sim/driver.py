@@ -1,31 +1,26 @@
-"""The daemon without its event loop: steps the core and runs its effects one after the other on the simulation.
-
-A crash can strike at any effect, and inside the ones that work on the disk; what is left then is what a real crash
-leaves: the disk, the write-back limits, the journal.
-"""
+"""One guest: the real engine on the simulation, under a schedule. What can happen to it, and what must hold."""
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
+import asyncio
+import json
+import random
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
 
 from storaged.balloon import target
-from storaged.balloon.engine import BalloonEngine
 from storaged.core import events as ev
-from storaged.core.machine import next_wakeup, step
-from storaged.core.model import Config, DirtyLimits, HostReport, KernelReclaim, Told
-from storaged.core.record import from_record, to_record
+from storaged.core.model import Config, KernelReclaim, Told
 from storaged.core.state import State
-from storaged.errors import FilesystemError
-from storaged.resize.bounds import compute
+from storaged.errors import StoragedError
 from storaged.resize.job import Job
-from storaged.resize.runner import ResizeRunner
+from storaged.runtime import StorageService
 from storaged.sim import MemoryJournal, SimClock, SimDisk, SimSysctl, make_world
 from storaged.units import GIB, sector_floor
+from tests.sim.schedule import Schedule
 
-
-class Crash(BaseException):
-    """The machine stops here."""
+KERNELS = KernelReclaim(threshold=75)
 
 
 class Driver:
@@ -33,226 +28,188 @@ class Driver:
 
     def __init__(self, config: Config, size: int = 4 * GIB) -> None:
         self.config = config
+        self.clock = SimClock()
+        self.random = random.Random(0)
+        self.schedule = Schedule(self.clock, self._choose)
         self.disk = SimDisk(size, device=2 * size)
+        self.disk.kernel_reclaim = KERNELS
         self.sysctl = SimSysctl(faults=self.disk.faults)
         self.original = self.sysctl.limits
         self.journal = MemoryJournal(self.disk.faults)
-        self.clock = SimClock()
-        self.crash_in: int | None = None
-        self.answers: list[str] = []
-        self.promised: int | None = None
-        self.accepted: list[str] = []
-        self.ended: list[str] = []
-        self.crashes = 0
-        self._number = 0
+        self.accepted: set[str] = set()
+        self.ended: dict[str, str] = {}
+        self.posted = 0
+        self.disturbed = 0
+        """Counts what makes room without the daemon's doing: until its next look that can be written."""
+        self.asked: set[asyncio.Task[Any]] = set()
         self.boot()
+
+    def _choose(self, count: int) -> int:
+        return self.random.randrange(count)
+
+    @property
+    def state(self) -> State:
+        """As the daemon publishes it."""
+        return self.service.snapshot.state
+
+    @property
+    def held(self) -> int:
+        """Bytes that the balloon holds."""
+        return sum(chunk.held for chunk in self.disk.chunks)
 
     # --- what happens ---------------------------------------------------------------------------------------
 
     def boot(self) -> None:
-        """Start the daemon on what is there."""
+        """Start the daemon on what is there; what goes wrong by itself ends with the machine."""
+        self.disk.faults.clear()
         world = make_world(self.disk, clock=self.clock, sysctl=self.sysctl, journal=self.journal)
-        self.world = world
-        self.engine = BalloonEngine(world.filesystem, world.balloon, world.preallocated)
-        self.runner = ResizeRunner(world.filesystem, world.resizer, self.engine, world.clock, poll_s=10)
-        self.state = State(self.config)
-        self._queue: deque[ev.Event] = deque()
-        record = self.journal.load()
-        known = from_record(record, self.clock.now) if record is not None else None
-        space = world.filesystem.space()
-        found = ev.Recovered(
-            size=space.size,
-            device=space.device,
-            available=space.available,
-            balloon=self.engine.size(),
-            at=self.clock.now,
-            wall=self.clock.wall(),
-            limit=known.limit if known else None,
-            level=known.level if known else None,
-            report=known.report if known else None,
-            dirty_found=known.dirty_found if known else None,
-            reclaim_found=known.reclaim_found if known else None,
-            job=known.job if known else None,
-        )
-        was_active = known is not None and known.job is not None and known.job.active
-        if was_active and found.job is not None and found.job.id in self.ended:
-            self.ended.remove(found.job.id)  # that end was not on record yet; it comes again
-        self._send(found)
-        job = self.state.job
-        if was_active and job is not None and not job.active and job.id not in self.ended:
-            self._end(job)
+        self.service = StorageService(world, self.config)
+        self.service.observe(self._observe)
+        self._boots = True
+        self.schedule.ends(self._task(self.service.start()))
+        self._boots = False
 
-    def crash_after(self, effects: int) -> None:
-        """The machine will stop once so many more effects have been begun."""
-        self.crash_in = effects
+    def power_cut(self) -> None:
+        """The machine stops wherever each of its threads is, and starts again."""
+        self._let_go()
+        self.disk.exclusive_operation = "none"
+        self.disk.freed = 0  # and not trimmed: nobody knows of it any more
+        running = self.accepted - set(self.ended)
+        self.boot()
+        remembered = {self.state.job.id} if self.state.job is not None else set()
+        self.accepted -= running - remembered  # begun, and not yet in the journal
 
-    def report(self, told: Told, free: int) -> str | None:
-        """UpdateStorageBalloon; the answer, or None when the machine stopped first."""
-        count = len(self.answers)
-        self._send(ev.HostReported(HostReport(told, free, self.clock.now, self.clock.wall())))
-        return self.answers[-1] if len(self.answers) > count else None
+    def run(self, turns: int, seed: int) -> None:
+        """So many turns of whoever the seed says; time stands."""
+        self.random.seed(seed)
+        self.schedule.run(turns)
 
-    def resize(self, size: int) -> None:
+    def rest(self) -> None:
+        """Until everybody waits for time."""
+        self.schedule.rest()
+
+    def sleep(self, seconds: float) -> None:
+        """Time passes."""
+        self.schedule.rest(self.clock.now + seconds)
+
+    def report(self, told: Told, free: int) -> asyncio.Task[str]:
+        """UpdateStorageBalloon, its answer."""
+        self.posted += told is not Told.NONE and free >= 0
+        return self._task(self._report(told, free, self.posted, self.disturbed))
+
+    async def _report(self, told: Told, free: int, number: int, disturbed: int) -> str:
+        reason = await self.service.report(told, free)
+        if not reason and told is not Told.NONE and free >= 0 and (number, disturbed) == (self.posted, self.disturbed):
+            self.within(max(free - self.config.reserve, 0))
+            assert self.saved()["limit"] == self.state.balloon.limit, "and durable"
+        return reason
+
+    def resize(self, size: int, *, best_effort: bool = False) -> asyncio.Task[None]:
         """ResizeFilesystem."""
-        self._number += 1
-        space = self.world.filesystem.space()
-        bounds = compute(self.engine.layout(), self.engine.longest())
-        facts = ev.Facts(space.size, space.device, bounds.minimum, bounds.why, space.read_only)
-        name = f"job {self._number}"
-        self._send(ev.ResizeRequested(size, name, facts, self.clock.now, self.clock.wall()))
+        return self._task(self._resize(size, best_effort=best_effort))
 
-    def cancel(self) -> None:
+    async def _resize(self, size: int, *, best_effort: bool) -> None:
+        try:
+            await self.service.resize(size, best_effort=best_effort)
+        except StoragedError:
+            return  # refused, in words
+
+    def cancel(self) -> asyncio.Task[None]:
         """CancelResize."""
-        self._send(ev.CancelRequested(self.clock.now, self.clock.wall()))
+        return self._task(self._quietly(self.service.cancel))
+
+    def release(self) -> asyncio.Task[None]:
+        """Give everything back."""
+        self.posted += 1
+        self.disturbed += 1
+        return self._task(self._quietly(self.service.release))
+
+    def trim(self, *, reclaim: bool) -> asyncio.Task[None]:
+        """Trim."""
+        return self._task(self._quietly(partial(self.service.trim, reclaim=reclaim)))
+
+    async def _quietly(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        try:
+            await asyncio.wait_for(work(), 60)
+        except (StoragedError, TimeoutError):
+            return  # refused, in words, or for too long
 
     def capacity(self, device: int) -> None:
         """The host makes the device as large, and the guest hears of it."""
         self.disk.set_device(max(device, self.disk.size))
-        self._send(ev.CapacityChanged(self.disk.device, self.clock.now, self.clock.wall()))
+        self.schedule.loop.call_soon(self.service.capacity_changed)
 
-    def suspend(self) -> None:
+    def suspend(self) -> asyncio.Task[None]:
         """PrepareToSuspend."""
-        self._send(ev.SuspendRequested(self.clock.now))
+        return self._task(self._quietly(self.service.suspend))
 
-    def sleep(self, seconds: float) -> None:
-        """Time passes; the daemon wakes whenever it said that it would."""
-        until = self.clock.now + seconds
-        last = None
-        while (at := next_wakeup(self.state)) is not None and at <= until:
-            assert last is None or at > last, "woken twice for the same"
-            last = at
-            self.clock.now = max(at, self.clock.now)
-            if self.state.poll_at is not None and self.clock.now >= self.state.poll_at:
-                self._send(ev.CapacityChanged(self.disk.device, self.clock.now, self.clock.wall()))
-            else:
-                self._send(ev.Tick(self.clock.now, self.clock.wall()))
-        self.clock.now = until
+    def _let_go(self) -> None:
+        self.asked.clear()
+        self.service._stopped = True  # its end is no fault
+        self.schedule.kill()
 
-    def power_cut(self) -> None:
-        """The machine stops between two events, and starts again."""
-        self._restart()
+    def close(self) -> None:
+        """Nothing of it is left."""
+        self._let_go()
+        self.schedule.close()
 
-    # --- the writer -------------------------------------------------------------------------------------------
-
-    def _send(self, event: ev.Event) -> None:
-        self._queue.append(event)
-        try:
-            while self._queue:
-                self._process(self._queue.popleft())
-        except Crash:
-            self._restart()
-
-    def _restart(self) -> None:
-        self.crashes += 1
-        self.crash_in = None
-        self.disk.faults.clear()
-        self.disk.exclusive_operation = "none"
-        self.boot()
-
-    def _process(self, event: ev.Event) -> None:
-        before = self.state.active_job
-        self.state, effects = step(self.state, event)
-        job = self.state.job
-        if before is not None and job is not None and not job.active:
-            self._end(job)
-        for effect in effects:
-            if self.crash_in is not None:
-                self.crash_in -= 1
-                if self.crash_in < 0:
-                    raise Crash
-            with contextlib.suppress(FilesystemError):  # the daemon notes it
-                self._perform(effect)
-
-    def _end(self, job: Job) -> None:
-        assert job.id not in self.ended, "a job ends once"
-        self.ended.append(job.id)
-
-    def _perform(self, effect: ev.Effect) -> None:  # noqa: C901, PLR0912  # one arm an effect, as in the daemon
-        clock, fs = self.clock, self.world.filesystem
-        match effect:
-            case ev.HoldAvailable(limit, fresh):
-                self._hold(limit, fresh)
-            case ev.Sample(adjust):
-                done = self.engine.sample(self.config.reserve, adjust=adjust)
-                self._queue.append(ev.BalloonSampled(done.size, done.relief, clock.now, done.tight))
-            case ev.Trim():
-                fs.trim()
-            case ev.SetDirtyLimits(size):
-                self._process(ev.DirtyLimitsFound(self.sysctl.dirty_limits()))
-                self.sysctl.set_dirty_limits(DirtyLimits(size, size // 2, 0, 0))
-            case ev.RestoreDirtyLimits(limits):
-                self.sysctl.set_dirty_limits(limits)
-                self._process(ev.DirtyLimitsRestored())
-            case ev.RuleOutReclaim():
-                if (reclaim := fs.kernel_reclaim()).active:
-                    self._process(ev.ReclaimFound(reclaim))
-                    fs.set_kernel_reclaim(KernelReclaim())
-            case ev.RestoreReclaim(settings):
-                fs.set_kernel_reclaim(settings)
-                self._process(ev.ReclaimRestored())
-            case ev.StartResize(job):
-                self.runner.run(job, self._queue.append, self._settle)
-            case ev.CancelResize(job_id):
-                self.runner.cancel(job_id)
-            case ev.Sync():
-                fs.sync()
-            case ev.Save():
-                self.journal.save(to_record(self.state))
-            case ev.AnswerReport(reason):
-                self._answer(reason)
-            case ev.IgnoreReport():
-                self.answers.append("")
-            case ev.AcceptResize(already):
-                if not already:
-                    assert self.state.job is not None
-                    self.accepted.append(self.state.job.id)
-            case _:
-                pass
-
-    def _hold(self, limit: int | None, fresh: bool) -> None:
-        try:
-            held = self.engine.hold(limit, fresh=fresh)
-            self._queue.append(
-                ev.BalloonSettled(limit, held.size, self.clock.now, target.tight(held.space), held.again)
-            )
-        except FilesystemError as error:
-            self._queue.append(ev.BalloonFailed(limit, self.engine.size(), error.message, self.clock.now))
-
-    def _settle(self) -> None:
-        if self.state.balloon.limit is not None:
-            try:
-                self.engine.hold(self.state.balloon.limit, fresh=False)
-            except FilesystemError:
-                return
-
-    def _answer(self, reason: str) -> None:
-        self.answers.append(reason)
-        if not reason:
-            self.promised = self.state.balloon.limit
-            self.within(self.promised)
+    def _task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = self.schedule.loop.create_task(work)
+        self.asked.add(task)
+        return task
 
     # --- what must hold ---------------------------------------------------------------------------------------
 
-    def within(self, limit: int | None) -> None:
-        """Applications can write what they may, and a chunk more at most."""
-        assert limit is not None
-        space = self.world.filesystem.space()
-        assert space.available <= target.ceiling(space, limit)
+    def _observe(self, _event: ev.Event, state: State) -> None:
+        job = state.job
+        if job is None:
+            return
+        self.accepted.add(job.id)
+        if not job.active:
+            self._end(job, again=self._boots)
+        else:
+            assert job.id not in self.ended, "what has ended does not go on"
+
+    def _end(self, job: Job, *, again: bool) -> None:
+        if again:  # an end that was not in the journal yet comes again, and may be another
+            self.ended.pop(job.id, None)
+        assert self.ended.setdefault(job.id, job.state.value) == job.state.value, "a job ends once"
+        if job.state.value == "done" and not job.best_effort:
+            assert job.current_size == job.requested
+
+    def saved(self) -> dict[str, Any]:
+        """What the journal says."""
+        record: dict[str, Any] = json.loads(self.journal.text or "{}")
+        return record
+
+    def within(self, limit: int) -> None:
+        """Applications can write what they may, and a chunk more at most; two while a shrink cuts chunks away.
+
+        What a best effort or a grow adds for a moment is there until the balloon has it (docs/promise.md).
+        """
+        space, job = self.service.world.filesystem.space(), self.state.active_job
+        most = target.ceiling(space, limit)
+        if job is not None:
+            if job.best_effort or not job.shrinks:
+                return
+            most += space.data_chunk
+        assert space.available <= most, f"{space.available} can be written, {limit} are allowed, {most} at most"
 
     def check(self) -> None:
-        """What is true at every moment between two events."""
-        assert self.engine.size() >= 0
+        """What is true at every moment, wherever each thread is."""
         assert all(chunk.used >= 0 and chunk.held >= 0 and chunk.free >= 0 for chunk in self.disk.chunks)
         assert all(chunk.start + chunk.length <= self.disk.size for chunk in self.disk.chunks)
-        assert len(self.accepted) == len(set(self.accepted))
-        assert len(self.ended) == len(set(self.ended))
-        running = set(self.accepted) - set(self.ended)
-        active = self.state.active_job
-        assert running == ({active.id} if active is not None else set())
-        if self.state.job is not None and self.state.job.state.value == "done" and active is None:
-            assert self.state.job.current_size == self.state.job.requested
-        if self.state.dirty_found is not None:
-            assert self.state.dirty_found == self.original
-        if self.promised is not None:
-            assert self.state.balloon.limit is not None, "what was promised is not forgotten"
         assert sector_floor(self.disk.size) == self.disk.size
+        assert not self.schedule.loop.failures
+        assert not self.service.snapshot.faults, self.service.snapshot.notes
+        for task in [task for task in self.asked if task.done()]:
+            self.asked.remove(task)
+            task.result()
+        job = self.state.job  # published before the observers hear of its end
+        assert self.accepted - set(self.ended) <= ({job.id} if job is not None else set())
+        # Whatever changed the machine is in the journal: killed here, the next start puts it back.
+        saved = self.saved()
+        if self.sysctl.limits != self.original:
+            assert saved.get("dirty_found"), "the limits were lowered before those found were saved"
+        if self.disk.kernel_reclaim != KERNELS:
+            assert saved.get("reclaim_found"), "the kernel's reclaim was turned off before it was saved"
