@@ -37,6 +37,7 @@ from storaged.units import parse_size
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _CONTROL = re.compile(r"loop|(qmp|crosvm):/.+")
 _GUEST = ("address", "image", "pool", "weight", "size", "pid_file", "peer", "control", "disk", "trust_balloon")
+_PEERS = ("ipv4:", "ipv6:", "vsock:", "unix:")
 _NUMBERS = ("looks", "overcommit_limit")
 _SHARES = ("kept_share", "idle_share", "band", "band_roomy", "reserve_share")
 
@@ -134,6 +135,8 @@ def load(path: str) -> HostConfig:
             document = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"configuration {path}: {error.strerror}") from error
+    except RecursionError:
+        raise ConfigError(f"configuration {path}: tables or lists lie too deep in each other") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path}: {error}") from error
     return parse(document)
@@ -156,6 +159,9 @@ def parse(document: dict[str, Any]) -> HostConfig:
     listen = serve.get("listen", [])
     if not isinstance(listen, list):
         raise ConfigError(f"serve.listen = {listen!r}: a list of addresses is accepted")
+    for guest in guests:
+        if str(guest.address) in listen:
+            raise ConfigError(f"guest.{guest.name}.address = '{guest.address}' is where storaged-host itself listens")
     tls = _table("tls", document.get("tls", {}), ("authority", "certificate", "key"))
     if tls and len(tls) < 3:
         raise ConfigError("[tls] needs authority, certificate and key")
@@ -232,6 +238,8 @@ def _peer(key: str, value: Any) -> str:
         if not path.startswith("/") or len(os.fsencode(path)) > LONGEST_UNIX_PATH:
             raise ConfigError(f"{key} = {value!r}: hybrid:/path of at most {LONGEST_UNIX_PATH} bytes is accepted")
         return HYBRID + os.path.normpath(path)
+    if not peer.startswith(_PEERS):
+        raise ConfigError(f"{key} = {value!r}: {', '.join(_PEERS)} and what follows, or hybrid:/path, is accepted")
     return peer
 
 
@@ -305,6 +313,9 @@ def _control(where: str, table: dict[str, Any]) -> tuple[str, str]:
     control = _text(f"{where}.control", table.get("control", "loop"))
     if not _CONTROL.fullmatch(control):
         raise ConfigError(f"{where}.control = {control!r}: loop, qmp:/socket or crosvm:/socket is accepted")
+    socket = control.partition(":")[2]
+    if len(os.fsencode(socket)) > LONGEST_UNIX_PATH:
+        raise ConfigError(f"{where}.control = {control!r}: a socket's path has at most {LONGEST_UNIX_PATH} bytes")
     disk = _text(f"{where}.disk", table["disk"]) if "disk" in table else ""
     if control.startswith("crosvm:") and disk and not (disk.isascii() and disk.isdigit() and len(disk) < 4):
         raise ConfigError(f"{where}.disk = {disk!r}: crosvm counts its disks, from 0")

@@ -12,12 +12,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from storaged.errors import Kind, StoragedError
 from storaged.host import events as ev
-from storaged.host import members
+from storaged.host import leases, members
 from storaged.host.condition import Conditions
 from storaged.host.config import GuestConfig, PoolConfig
 from storaged.host.guest_work import Agent
@@ -25,11 +25,13 @@ from storaged.host.images import ImageBackend, make_backend
 from storaged.host.levels import zone
 from storaged.host.members import Connect, Members
 from storaged.host.model import State, books
+from storaged.host.remembered import Remembered
 from storaged.host.resizes import Resizes, World
 from storaged.host.saga_model import Saga
 from storaged.host.settings import Resizing, Sharing
 from storaged.host.shares import next_wakeup, step
 from storaged.host.watch import PoolError, Watcher
+from storaged.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Controller:
         watcher: Watcher,
         connect: Connect,
         resizing: Resizing | None = None,
+        remembered: Remembered | None = None,
     ) -> None:
         self.pool = pool
         self.state = State(sharing)
@@ -71,7 +74,16 @@ class Controller:
         self.conditions = Conditions(pool.path)
         world = World(self._image, self._agent, self._sized, self._changed, self._room, self._claim, self._short)
         self._resizes = Resizes(pool.name, resizing or Resizing(), world)
-        around = members.World(self.tell, self._changed, self._resizes.size_of, lambda: self.state.pool.pressure.level)
+        self._remembered = remembered
+        self._earlier: Mapping[str, int] = {} if remembered is None else remembered.load()
+        """By guest: up to which size the process before this one may have let its image grow."""
+        around = members.World(
+            self.tell,
+            self._changed,
+            self._resizes.size_of,
+            lambda: self.state.pool.pressure.level,
+            lambda name: self._earlier.get(name, 0),
+        )
         self._members = Members(pool.name, guests, connect, around)
         self.members = self._members.by_name
 
@@ -95,6 +107,12 @@ class Controller:
         """Raises StoragedError when the pool, or the journal of its resizes, cannot be read at all."""
         self._watcher.glance()
         self._resizes.load()
+        total, least = self._watcher.total(), self.state.settings.reserve_least
+        if least >= total:
+            log.warning(
+                "pool %s has %s, and sharing.reserve_least is %s: nothing is ever granted",
+                self.pool.name, format_size(total), format_size(least),
+            )  # fmt: skip
 
     def add(self, guest: GuestConfig) -> None:
         """Another guest; its machine is looked for within a second."""
@@ -222,6 +240,8 @@ class Controller:
                 looking.cancel()
             await self._members.part()
             self._thread.shutdown(wait=False, cancel_futures=True)
+            if self._remembered is not None:
+                self._remembered.close()
 
     # --- the core
 
@@ -238,9 +258,13 @@ class Controller:
 
     def _step(self, event: ev.Event) -> None:
         self.state, effects = step(self.state, event)
+        unsaved = self._unsaved([effect.guest for effect in effects if isinstance(effect, ev.SetGrant)])
         publish = False
         for effect in effects:
             match effect:
+                case ev.SetGrant(guest, _, seq) if guest in unsaved:
+                    reason = "what it is granted cannot be written down"
+                    self.tell(ev.GrantFailed(guest, seq, reason, time.monotonic(), certain=True))
                 case ev.SetGrant():
                     self._members.grant(effect, self.state.settings.answer_s)
                 case ev.Poll(interval_s):
@@ -251,6 +275,35 @@ class Controller:
                     publish = True
         if publish:
             self._changed()
+
+    def _unsaved(self, names: Sequence[str]) -> Collection[str]:
+        """Write down how far the guests' images may grow; those of `names` that may grow further than is written."""
+        book = self._remembered
+        if book is None or not names:
+            return ()
+        ceilings = {name: leases.highest(self.state.guests[name].lease) for name in names}
+        return () if book.note(ceilings) else {name for name, size in ceilings.items() if size > book.of(name)}
+
+    def _remember(self) -> None:
+        """As answers and reports have changed it; before a guest has answered, what an earlier process wrote stands."""
+        if self._remembered is not None:
+            stands = dict.fromkeys(self.members, 0)
+            for name, guest in self.state.guests.items():
+                if guest.runs:
+                    stands[name] = max(
+                        leases.highest(guest.lease), 0 if guest.lease.bound else self._earlier.get(name, 0)
+                    )
+            self._remembered.note(stands)
+
+    def _resized(self, sampled: ev.PoolSampled) -> None:
+        """An image may be another size by somebody else's hand; counted before what it takes."""
+        for name, logical in sampled.sizes.items():
+            guest = self.state.guests.get(name)
+            if guest is not None and logical != guest.size:
+                size = self._members.size(self.members[name].config, logical, sampled.images[name])
+                if size != guest.size:
+                    log.info("%s: its image has %s, not %s", name, format_size(size), format_size(guest.size))
+                    self._step(ev.GuestChanged(name, time.monotonic(), size=size))
 
     def _wake(self, now: float) -> None:
         wakes = next_wakeup(self.state)
@@ -277,7 +330,9 @@ class Controller:
             log.info("pool %s can be read again", self.pool.name)
         self.unread = self.conditions.now.pool
         if sampled is not None:
+            self._resized(sampled)
             self._step(sampled)
+            self._remember()
         # With very many guests a look takes its time: never more than a fifth of all, unless it is urgent.
         ended = time.monotonic()
         self._rest_until = ended + 4 * (ended - begun)

@@ -19,13 +19,14 @@ from storaged.host.leases import Answer
 class PoolSampled:
     """An epoch: `free` bytes on the pool, and what each running guest's image takes of it (st_blocks).
 
-    `total`: bytes of the pool; 0 when not known.
+    `total`: bytes of the pool; 0 when not known. `sizes`: what each image would take with no hole in it (st_size).
     """
 
     free: int
     at: float
     images: Mapping[str, int] = field(default_factory=dict)
     total: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class GuestJoined:
     """A guest is known, and runs unless `running` is False: to be told *before* its machine starts.
 
     `size` is the most that its image can take, `keeps` what it is known to hold itself to until it is told
-    otherwise (a balloon that survived a restart); None when nothing is known.
+    otherwise (a balloon that survived a restart); None when nothing is known. `ceiling` is the size of its image up to
+    which an earlier process may have let it write; 0 when none did.
     """
 
     guest: str
@@ -43,6 +45,7 @@ class GuestJoined:
     weight: float = 1.0
     running: bool = True
     keeps: int | None = None
+    ceiling: int = 0
 
 
 @dataclass(frozen=True, slots=True)

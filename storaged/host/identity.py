@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import ipaddress
 import os
 import stat
 import struct
@@ -64,11 +65,32 @@ def _handle(path: str) -> bytes:
 
 
 def check(pools: Sequence[PoolConfig], guests: Sequence[GuestConfig]) -> None:
-    """Raises ConfigError for the first guest whose image or agent cannot be its own."""
+    """Raises ConfigError for the first pool, or guest's image or agent, that cannot be its own."""
+    for number, pool in enumerate(pools):
+        if reason := _no_pool(pool, pools[:number]):
+            raise ConfigError(reason)
     by_name = {pool.name: pool for pool in pools}
     for number, guest in enumerate(guests):
         if reason := why_not(guest, by_name[guest.pool], guests[:number]):
             raise ConfigError(reason)
+
+
+def _no_pool(pool: PoolConfig, others: Iterable[PoolConfig]) -> str:
+    """Why `pool` cannot be shared beside `others`: what is free there would be promised twice. Blocks."""
+    what = f"pool.{pool.name}.path = {pool.path!r}"
+    try:
+        if not stat.S_ISDIR(os.stat(pool.path).st_mode):
+            return f"{what} is no directory: where a filesystem is mounted is expected"
+        for other in others:
+            if _on_one_filesystem(pool.path, other.path):
+                return f"{what} is on the filesystem of pool.{other.name}.path = {other.path!r}: one pool shares it"
+            if pool.thin_pool and pool.thin_pool == other.thin_pool:
+                return (
+                    f"pool.{pool.name}.thin_pool = {pool.thin_pool!r} is that of pool.{other.name}: one pool shares it"
+                )
+    except OSError as error:
+        return f"{what}: {error.strerror}"
+    return ""
 
 
 def why_not(guest: GuestConfig, pool: PoolConfig, others: Iterable[GuestConfig]) -> str:
@@ -116,19 +138,29 @@ def _agent(address: GuestAddress) -> object:
         case HybridAddress(path, port):
             return _place(path), port
         case TcpAddress(host, port):
-            return "127.0.0.1" if host == "localhost" else host.lower(), port
+            return _host(host), port
     return str(address)
+
+
+def _host(host: str) -> str:
+    """One spelling of an address."""
+    if host == "localhost":
+        return "127.0.0.1"
+    try:
+        return str(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return host.lower()
 
 
 def _on_one_filesystem(one: str, other: str) -> bool:
     """Whether both lie on one filesystem; subvolumes of a btrfs have a device number each. Raises OSError."""
     if os.stat(one).st_dev == os.stat(other).st_dev:
         return True
-    first = _btrfs(one)
-    return bool(first) and first == _btrfs(other)
+    first = btrfs(one)
+    return bool(first) and first == btrfs(other)
 
 
-def _btrfs(path: str) -> bytes:
+def btrfs(path: str) -> bytes:
     """The UUID of the btrfs that `path` lies on; empty on another filesystem."""
     buffer = bytearray(_FS_INFO_LENGTH)
     with contextlib.suppress(OSError):

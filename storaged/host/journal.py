@@ -26,7 +26,7 @@ class Journal:
     def load(self) -> list[Saga]:
         """What was saved last; a file that cannot be believed is put aside, with a warning. Raises StoragedError."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=_without_waiting) as file:
                 raw = file.read()
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -37,7 +37,7 @@ class Journal:
             if int(checksum, 16) != zlib.crc32(body):
                 raise ValueError("the checksum does not match")
             return [_saga(record) for record in json.loads(body)]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             log.warning("journal %s cannot be believed (%s); it is put aside", self.path, error)
             os.replace(self.path, f"{self.path}.damaged")
             return []
@@ -59,6 +59,10 @@ class Journal:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
 
 
 def _record(saga: Saga) -> dict[str, Any]:

@@ -74,9 +74,9 @@ class Lease:
     tells: bool = False
 
 
-def kept(image: int, keeps: int | None) -> Lease:
-    """The lease of a guest that is known to hold itself to `keeps`; unbound for None."""
-    return Lease() if keeps is None else Lease(image + keeps, image + keeps, bound=True, granted=keeps)
+def kept(image: int, keeps: int | None, ceiling: int = 0) -> Lease:
+    """The lease of a guest that is known to hold itself to `keeps`; unbound for None, and set aside up to `ceiling`."""
+    return Lease(ceiling=ceiling) if keeps is None else Lease(image + keeps, image + keeps, bound=True, granted=keeps)
 
 
 def sent(lease: Lease, image: int, seq: int, size: int, at: float) -> Lease:
@@ -139,6 +139,11 @@ def reported(lease: Lease, potential: int, sequence: int) -> Lease:
         return lease
     raised = max(potential - (lease.ceiling if lease.potential is None else lease.potential), 0)
     return lease if raised == lease.raised else replace(lease, raised=raised)
+
+
+def highest(lease: Lease) -> int:
+    """The size that the image may grow to, whatever of what is under way has arrived."""
+    return lease.ceiling + lease.raised
 
 
 def excess(lease: Lease, image: int) -> int:

@@ -94,6 +94,8 @@ class Listener:
     def _bind(self, address: Address) -> Address:
         try:
             if isinstance(address, UnixAddress):
+                if not os.path.isdir(os.path.dirname(address.path)):
+                    raise ConfigError(f"serve.listen = {str(address)!r}: there is no directory for it")
                 clear(address.path)
                 mask = os.umask(0o177)  # ours alone from the moment it exists
                 try:
@@ -110,7 +112,9 @@ class Listener:
                     return TcpAddress(address.host, self._server.add_insecure_port(target))
                 raise ConfigError(f"{address} needs [tls]: it is not a loopback address")
         except RuntimeError as error:
-            raise StoragedError(f"cannot listen on {address}: {error}", Kind.UNAVAILABLE) from error
+            # What follows is gRPC's advice on its own logging.
+            why = str(error).partition(";")[0]
+            raise StoragedError(f"cannot listen on {address}: {why}", Kind.UNAVAILABLE) from error
         return self._guest_doors().listen(address)
 
     def _guest_doors(self) -> Doors:

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import select
+import stat
 import time
 from dataclasses import dataclass
 
@@ -61,6 +62,12 @@ class Machine:
             return False
         return self._found()
 
+    def announced(self) -> None:
+        """Its agent has called: it runs, whatever the PID file says, until that names a process."""
+        if self._pid_file and self._pidfd is None and not self._found():
+            self._unknown = True
+            self.reason = f"it announced itself; {self.reason}"
+
     def close(self) -> None:
         """Let go of the process."""
         if self._pidfd is not None:
@@ -78,7 +85,7 @@ class Machine:
         if named.pid is None:
             return self._unknowable("holds no process id")
         if named.file == self._spent:
-            return False  # it names the process that has ended
+            return self._unknown  # it names the process that has ended
         try:
             pidfd = os.pidfd_open(named.pid)
         except OSError as error:
@@ -123,8 +130,12 @@ class Machine:
 
 def _read(path: str) -> _Named:
     """Raises OSError."""
-    with open(path, "rb") as file:
-        text, status = file.read(32), os.fstat(file.fileno())
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not keep us waiting
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        text = file.read(32)
     pid = None
     with contextlib.suppress(ValueError):
         pid = int(text)

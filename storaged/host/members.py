@@ -68,13 +68,15 @@ class Member:
 class World:
     """What the guests need of their pool. `tell`: something happened; `changed`: a guest's report is another.
 
-    `size_of`: bytes that a resize under way brings an image to; `level`: the pool's pressure now.
+    `size_of`: bytes that a resize under way brings an image to; `level`: the pool's pressure now; `ceiling_of`: bytes
+    that an earlier process may have let an image grow to.
     """
 
     tell: Callable[[ev.Event], None]
     changed: Callable[[], None]
     size_of: Callable[[str], int]
     level: Callable[[], Level]
+    ceiling_of: Callable[[str], int]
 
 
 class Members:
@@ -125,6 +127,7 @@ class Members:
 
     def _restarted(self, member: Member) -> None:
         if not member.running:
+            member.machine.announced()
             self._joined(member)
             return
         if member.client is None:
@@ -164,15 +167,23 @@ class Members:
         else:
             tell(ev.GrantAcked(name, grant.seq, answer, time.monotonic(), refused))
 
+    def size(self, config: GuestConfig, logical: int, image: int) -> int:
+        """The most that an image of `logical` bytes can take, which takes `image` now."""
+        return max(config.size, logical, image, self._world.size_of(config.name))
+
+    def _joins(self, config: GuestConfig, size: int, image: int) -> ev.GuestJoined:
+        ceiling = self._world.ceiling_of(config.name)
+        return ev.GuestJoined(config.name, size, image, time.monotonic(), config.weight, ceiling=ceiling)
+
     def _joined(self, member: Member) -> None:
         config = member.config
         image = allocated(config.image)
         if image is None:
             return  # no image: not prepared yet; `look` asks again
         member.running = True
-        size = max(config.size, logical(config.image), image, self._world.size_of(config.name))
+        size = self.size(config, logical(config.image), image)
         log.info("%s: its machine runs (%s)", config.name, member.machine.reason)
-        self._world.tell(ev.GuestJoined(config.name, size, image, time.monotonic(), config.weight))
+        self._world.tell(self._joins(config, size, image))
         self._meet(member)
 
     def _meet(self, member: Member) -> None:

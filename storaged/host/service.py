@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import resource
 import signal
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ from storaged.host.controller import Controller
 from storaged.host.guests import GuestClient
 from storaged.host.listener import Listener
 from storaged.host.lock import locked
-from storaged.host.watch import FilesystemSource, Source, ThinSource, Watcher
+from storaged.host.remembered import Remembered
+from storaged.host.watch import Source, ThinSource, Watcher, filesystem_source
+from storaged.quiet import BoundedLog
 from storaged.rpc.private import sweep
 
 if TYPE_CHECKING:
@@ -26,13 +29,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_REFUSED = 1024
-"""Callers whose refusal is logged once; those beyond are logged each time."""
+REFUSED_EVERY_S = 60.0
+"""A guest that is refused for the same reason is logged this often at most."""
 
 
 def source(pool: PoolConfig) -> Source:
     """Where the pool's free bytes come from."""
-    filesystem = FilesystemSource(pool.path)
+    filesystem = filesystem_source(pool.path)
     return ThinSource(filesystem, pool.thin_pool) if pool.thin_pool else filesystem
 
 
@@ -49,6 +52,7 @@ class Host:
                 Watcher(source(pool)),
                 self._connect,
                 config.resize,
+                Remembered(os.path.join(config.resize.state_dir, f"grants-{pool.name}")),
             )
             for pool in config.pools
         ]
@@ -58,8 +62,7 @@ class Host:
             for guest in config.guests
             if guest.peer and guest.pool == controller.pool.name
         }
-        self._refused: dict[str, str] = {}
-        """By peer: why a guest that announced itself is not served, as it was logged."""
+        self._refusals = BoundedLog(log, every_s=REFUSED_EVERY_S)
         self._api = HostApi(self.controllers)
         hybrid = [peer.removeprefix(HYBRID) for peer in self._by_peer if peer.startswith(HYBRID)]
         self._listener = Listener(self._ready, config.tls, self._api.add_to, hybrid)
@@ -101,12 +104,8 @@ class Host:
         named = any(other.name == guest.name for other in others)
         reason = f"guest.{guest.name} is configured" if named else identity.why_not(guest, controller.pool, others)
         if reason:
-            if self._refused.get(peer) != reason:
-                log.warning("guest at %s refused: %s", peer, reason)
-            if len(self._refused) < MOST_REFUSED:
-                self._refused[peer] = reason
+            self._refusals.note(peer, "refused", f"guest at {peer} refused: {reason}")
             return None
-        self._refused.pop(peer, None)
         log.info("%s is a new guest", guest.name)
         controller.add(guest)
         self._by_peer[peer] = controller, guest.name

@@ -93,7 +93,8 @@ def _doubts(state: State) -> str:
     beyond = {name: _beyond(guest) for name, guest in state.guests.items() if guest.runs and guest.lease.bound}
     most = max(beyond, key=lambda name: beyond[name], default=None)
     if most is not None and beyond[most] >= max(state.pool.free // 8, state.settings.overrun):
-        doubts += f"; {most} says that it can write {format_size(beyond[most])} more than it was granted"
+        what = "room for metadata, preallocated files, as it says itself"
+        doubts += f"; most beyond its grant: {most}, {format_size(beyond[most])} ({what})"
     return doubts
 
 
@@ -268,7 +269,7 @@ def _guest_joined(state: State, event: ev.GuestJoined) -> Result:
         event.at,
         event.weight,
         Presence.DISCOVERED if event.running else Presence.CONFIGURED,
-        leases.kept(event.image, event.keeps),
+        leases.kept(event.image, event.keeps, event.ceiling),
     )
     if (was := state.guests.get(event.guest)) is not None:
         guest = replace(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from storaged.errors import Kind, StoragedError
-from storaged.host import devicemapper
+from storaged.host import devicemapper, identity
 from storaged.host.events import PoolSampled
 
 BLOCK = 512
@@ -110,10 +110,49 @@ def thin_pool_block(table: str) -> int:
         raise PoolError(f"thin pool table {table.strip()!r} is not understood") from error
 
 
+@dataclass(frozen=True, slots=True)
+class BtrfsSource:
+    """A btrfs whose counts are in `allocation` (sysfs): statvfs tells nothing of what is written and not yet placed."""
+
+    filesystem: FilesystemSource
+    allocation: str
+
+    def free(self) -> int:
+        """Bytes that can still be written. Raises PoolError.
+
+        Data that waits to be written back counts in the images' st_blocks already (btrfs_getattr, fs/btrfs/inode.c),
+        and in statvfs only once it has a place (btrfs_statfs, fs/btrfs/super.c).
+        """
+        try:
+            promised = sum(self._number(name) for name in ("bytes_may_use", "bytes_reserved", "bytes_pinned"))
+        except (OSError, ValueError) as error:
+            raise PoolError(f"pool {self.filesystem.path}: {error}") from error
+        return max(self.filesystem.free() - promised, 0)
+
+    def total(self) -> int:
+        """Bytes that the pool has in all. Raises PoolError."""
+        return self.filesystem.total()
+
+    def _number(self, name: str) -> int:
+        with open(f"{self.allocation}/data/{name}", encoding="ascii") as file:
+            return int(file.read())
+
+
+def filesystem_source(path: str) -> Source:
+    """The free bytes of the filesystem mounted at `path`, as that kind of filesystem tells them."""
+    source = FilesystemSource(path)
+    uuid = identity.btrfs(path).hex()
+    if not uuid:
+        return source
+    name = "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+    allocation = f"/sys/fs/btrfs/{name}/allocation"
+    return BtrfsSource(source, allocation) if os.path.exists(f"{allocation}/data/bytes_may_use") else source
+
+
 class ThinSource:
     """A filesystem on a thin volume: what is free is the least of what it and the dm-thin pool `pool` have."""
 
-    def __init__(self, filesystem: FilesystemSource, pool: str) -> None:
+    def __init__(self, filesystem: Source, pool: str) -> None:
         self.filesystem = filesystem
         self.pool = pool
         self._block = 0  # as long as there is a pool by this name it stays what it is
@@ -143,6 +182,13 @@ def allocated(image: str) -> int | None:
         return None
 
 
+def _stat(image: str) -> os.stat_result | None:
+    try:
+        return os.stat(image)
+    except OSError:
+        return None
+
+
 def logical(image: str) -> int:
     """Bytes that the file would take with no hole in it; 0 when it cannot be read."""
     try:
@@ -162,10 +208,16 @@ class Watcher:
         """What is free, alone. Raises PoolError."""
         return self._source.free()
 
+    def total(self) -> int:
+        """Bytes of the pool. Raises PoolError."""
+        return self._source.total()
+
     def take(self, images: Mapping[str, str]) -> PoolSampled:
         """One bracket of reads; an image that cannot be read is left out. Raises PoolError."""
         at = self._clock()
         before = self._source.free()
-        taken = {name: size for name, path in images.items() if (size := allocated(path)) is not None}
+        seen = {name: status for name, path in images.items() if (status := _stat(path)) is not None}
+        taken = {name: status.st_blocks * BLOCK for name, status in seen.items()}
+        sizes = {name: status.st_size for name, status in seen.items()}
         # A guest may write between the two: the smaller number cannot promise what is spent.
-        return PoolSampled(min(before, self._source.free()), at, taken, self._source.total())
+        return PoolSampled(min(before, self._source.free()), at, taken, self._source.total(), sizes)

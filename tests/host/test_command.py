@@ -104,11 +104,24 @@ DISCOVERY = "[pool.p]\npath = '/tmp'\n[discovery]\naddress = 'tcp:{host}:8888'\n
             2,
             "guest.g.address = 'tcp:10.0.0.5:8888' needs [tls]",
         ),
+        ("[pool.p]\npath = '/tmp'\n[resize]\nstate_dir = '/dev/null/x'", 2, "cannot be used"),
+        ("[serve]\nlisten = ['unix:/none/such/s']\n[pool.p]\npath = '/tmp'", 2, "there is no directory for it"),
+        ("[pool.p]\npath = '/tmp'\n[pool.q]\npath = '/tmp'", 2, "is on the filesystem of pool.p.path"),
+        ("[pool.p]\npath = '/dev/null'", 2, "is no directory"),
+        ("x = " + 3000 * "[" + 3000 * "]", 2, "too deep in each other"),
+        (GUEST + "address = 'unix:/s'\nimage = '/tmp/x'\npeer = 'nonsense'", 2, "guest.g.peer = 'nonsense'"),
+        (GUEST + f"address = 'unix:/s'\nimage = '/tmp/x'\ncontrol = 'qmp:/{'x' * 300}'", 2, "has at most"),
+        (
+            "serve.listen = ['unix:/tmp/s']\n" + GUEST + "address = 'unix:/tmp/s'\nimage = '/tmp/x'",
+            2,
+            "is where storaged-host itself listens",
+        ),
         (DISCOVERY, 2, "discovery.address = 'tcp:{host}:8888' needs [tls]"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(tmp_path: Path, text: str, code: int, says: str) -> None:
-    (tmp_path / "host.toml").write_text(f"{text}\n[resize]\nstate_dir = '{tmp_path}/state'\n")
+    state = "" if "state_dir" in text else f"[resize]\nstate_dir = '{tmp_path}/state'\n"
+    (tmp_path / "host.toml").write_text(f"{text}\n{state}")
     done = subprocess.run(
         [*COMMAND, str(tmp_path / "host.toml")], capture_output=True, text=True, timeout=20, check=False
     )

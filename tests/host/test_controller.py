@@ -28,8 +28,9 @@ from storaged.host.leases import Answer
 from storaged.host.levels import Level
 from storaged.host.listener import Listener, peer_name
 from storaged.host.model import Presence, State, books, established
+from storaged.host.remembered import Remembered
 from storaged.host.service import Host
-from storaged.host.settings import Sharing
+from storaged.host.settings import Resizing, Sharing
 from storaged.host.watch import PoolError, Watcher
 from storaged.rpc.proto import common_pb2, vm_guest_pb2, vm_host_pb2_grpc
 from storaged.rpc.proto import storaged_host_v1_pb2 as pb
@@ -68,7 +69,14 @@ class Source:
 class Bench:
     """A controller and its guests."""
 
-    def __init__(self, directory: Path, free: int | None, names: tuple[str, ...], pid_files: dict[str, Path]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        free: int | None,
+        names: tuple[str, ...],
+        pid_files: dict[str, Path],
+        book: Path | None = None,
+    ) -> None:
         self.source = Source(free)
         self.agents = {name: agent() for name in names}
         self.directory = directory
@@ -84,6 +92,7 @@ class Bench:
         self.controller = Controller(
             PoolConfig("p", str(directory)), guests, FAST, Watcher(self.source),
             lambda guest: GuestClient(guest.name, guest.address, trusted=True),
+            remembered=None if book is None else Remembered(str(book)),
         )  # fmt: skip
         self.controller.observe(self._watch)
 
@@ -110,8 +119,9 @@ async def running(
     *names: str,
     hanging: tuple[str, ...] = (),
     pid_files: dict[str, Path] | None = None,
+    book: Path | None = None,
 ) -> AsyncIterator[Bench]:
-    bench = Bench(directory, free, names, pid_files or {})
+    bench = Bench(directory, free, names, pid_files or {}, book)
     for name in hanging:
         bench.agents[name].hangs = True
     servers = [await serve(each, directory / f"{name}.sock") for name, each in bench.agents.items()]
@@ -328,6 +338,7 @@ async def test_a_guest_announces_itself(tmp_path: Path) -> None:
         (PoolConfig("p", str(tmp_path)),),
         (GuestConfig("a", UnixAddress(str(tmp_path / "a.sock")), str(image), "p", peer="ipv4:127.0.0.1"),),
         (TcpAddress("127.0.0.1", 0),),
+        resize=Resizing(state_dir=f"{tmp_path}/state"),
     )
     host = Host(config)
     task = asyncio.create_task(host.run())
@@ -352,7 +363,9 @@ async def test_a_guest_that_nobody_configured_is_found(tmp_path: Path) -> None:
     member = agent()
     server = await serve(member, tmp_path / "127.0.0.1.sock")
     discovery = Discovery(f"unix:{tmp_path}/{{host}}.sock", f"{tmp_path}/{{host}}.img", "p")
-    host = Host(HostConfig((PoolConfig("p", str(tmp_path)),), (), (TcpAddress("127.0.0.1", 0),), discovery=discovery))
+    resize = Resizing(state_dir=f"{tmp_path}/state")
+    listen = (TcpAddress("127.0.0.1", 0),)
+    host = Host(HostConfig((PoolConfig("p", str(tmp_path)),), (), listen, discovery=discovery, resize=resize))
     task = asyncio.create_task(host.run())
     try:
         await until(lambda: bool(host.listening))
@@ -406,3 +419,36 @@ async def test_an_operator_gives_a_fenced_guest_its_share_again(tmp_path: Path) 
         with pytest.raises(StoragedError, match="no guest is called 'nobody'") as unknown:
             await api.LiftFence(pb.LiftFenceRequest(guest="nobody"), None)
         assert unknown.value.kind is Kind.NOT_FOUND
+
+
+async def test_an_image_that_was_made_larger_by_hand_counts_as_large_as_it_is(tmp_path: Path) -> None:
+    async with running(tmp_path, 400 * GIB, "a") as bench:
+        await bench.until(lambda: bench.bound("a"))
+        assert bench.controller.state.guests["a"].size == 100 * GIB
+        for size in (150 * GIB, 120 * GIB):
+            os.truncate(tmp_path / "a.img", size)
+            await bench.until(lambda size=size: bench.controller.state.guests["a"].size == size)  # type: ignore[misc]
+
+
+async def test_what_was_granted_is_known_after_a_restart_though_nobody_answers(tmp_path: Path) -> None:
+    async with running(tmp_path, 40 * GIB, "a", "b", book=tmp_path / "state" / "grants") as bench:
+        await bench.until(lambda: bench.bound("a") and bench.bound("b") and bench.allowed() > 16 * GIB)
+        await asyncio.sleep(FAST.poll_most_s)  # until what was under way has settled
+        kept = bench.agents["b"].allowed or 0
+        assert kept > 4 * GIB
+    async with running(tmp_path, 40 * GIB, "a", "b", hanging=("b",), book=tmp_path / "state" / "grants") as bench:
+        await bench.until(lambda: bench.bound("a") and bench.controller.state.guests["b"].failures > 1)
+        assert books(bench.controller.state).unbound >= kept
+        assert (bench.agents["a"].allowed or 0) <= 39 * GIB - kept
+        await asyncio.sleep(2)
+        assert (bench.agents["a"].allowed or 0) <= 39 * GIB - kept, "also later"
+
+
+async def test_what_cannot_be_written_down_is_not_granted(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()  # no directory
+    async with running(tmp_path, 40 * GIB, "a", book=tmp_path / "state" / "grants") as bench:
+        await bench.until(lambda: "a" in bench.controller.state.guests)
+        await asyncio.sleep(1)
+        assert bench.agents["a"].told == []
+        (tmp_path / "state").unlink()
+        await bench.until(lambda: bench.bound("a"))

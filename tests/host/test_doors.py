@@ -23,6 +23,7 @@ from storaged.host.guests import GuestClient, NotTold
 from storaged.host.levels import Level
 from storaged.host.listener import Listener
 from storaged.host.service import Host
+from storaged.host.settings import Resizing
 from storaged.rpc.outward import Connect
 from storaged.rpc.proto import common_pb2, vm_host_pb2_grpc
 from storaged.units import GIB, MIB
@@ -217,7 +218,14 @@ async def test_a_host_and_its_guest_behind_a_monitor(tmp_path: Path) -> None:
     door_left.close()  # as a killed owner leaves it
     async with machine(tmp_path) as (monitor, inside):
         guest = GuestConfig("vm", HybridAddress(str(monitor.path), 8888), str(image), "p", peer=f"hybrid:{door}")
-        host = Host(HostConfig((PoolConfig("p", str(tmp_path)),), (guest,), sharing=FAST))
+        host = Host(
+            HostConfig(
+                (PoolConfig("p", str(tmp_path)),),
+                (guest,),
+                sharing=FAST,
+                resize=Resizing(state_dir=f"{tmp_path}/state"),
+            )
+        )
         task = asyncio.create_task(host.run())
         try:
             await until(lambda: bool(inside.told))

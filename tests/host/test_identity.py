@@ -21,6 +21,7 @@ from storaged.errors import ConfigError
 from storaged.host.config import Discovery, GuestConfig, HostConfig, PoolConfig
 from storaged.host.identity import check, file_id
 from storaged.host.service import Host
+from storaged.host.settings import Resizing
 from storaged.rpc.proto import common_pb2, vm_host_pb2_grpc
 from storaged.units import MIB
 from tests.host.test_controller import until
@@ -180,7 +181,13 @@ async def test_a_discovered_guest_is_refused_once_and_others_are_served(
     discovery = Discovery(f"unix:{tmp_path}/{{host}}.sock", f"{tmp_path}/{{host}}.img", "p")
     configured = _guest("a", tmp_path / "a.img", f"unix:{tmp_path}/a.sock")
     host = Host(
-        HostConfig((PoolConfig("p", str(tmp_path)),), (configured,), (TcpAddress("127.0.0.1", 0),), discovery=discovery)
+        HostConfig(
+            (PoolConfig("p", str(tmp_path)),),
+            (configured,),
+            (TcpAddress("127.0.0.1", 0),),
+            discovery=discovery,
+            resize=Resizing(state_dir=f"{tmp_path}/state"),
+        )
     )
     task = asyncio.create_task(host.run())
     try:
@@ -209,7 +216,14 @@ async def test_a_discovered_guest_cannot_have_the_name_of_a_configured_one(
     configured = _guest("10.0.0.5", _image(tmp_path / "a.img"))
     _image(tmp_path / "10.0.0.5.img")
     discovery = Discovery("vsock:3:8888", f"{tmp_path}/{{host}}.img", "p")
-    host = Host(HostConfig((PoolConfig("p", str(tmp_path)),), (configured,), discovery=discovery))
+    host = Host(
+        HostConfig(
+            (PoolConfig("p", str(tmp_path)),),
+            (configured,),
+            discovery=discovery,
+            resize=Resizing(state_dir=f"{tmp_path}/state"),
+        )
+    )
     assert not host._ready("ipv4:10.0.0.5")
     assert "guest at ipv4:10.0.0.5 refused: guest.10.0.0.5 is configured" in caplog.text
     assert host._ready("ipv4:10.0.0.6") is False, "there is no image"
@@ -231,3 +245,30 @@ def test_a_file_with_the_inode_of_a_deleted_one_is_another() -> None:
         after = file_id(str(_image(path)))
         assert after.inode == before.inode, "ext4 gives the number away at once"
         assert after != before
+
+
+def test_two_pools_on_one_filesystem_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    pools = [PoolConfig(name, str(tmp_path / name)) for name in ("a", "b")]
+    with pytest.raises(ConfigError, match=r"pool\.b\.path = .* is on the filesystem of pool\.a\.path"):
+        check(pools, ())
+    check(pools[:1], ())
+
+
+def test_a_pool_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is no directory"):
+        check([PoolConfig("p", str(tmp_path / "file"))], ())
+
+
+def test_two_pools_of_one_thin_pool_are_refused(tmp_path: Path) -> None:
+    pools = [PoolConfig("a", str(tmp_path), "vg-thin"), PoolConfig("b", "/proc", "vg-thin")]
+    with pytest.raises(ConfigError, match=r"pool\.b\.thin_pool = 'vg-thin' is that of pool\.a"):
+        check(pools, ())
+
+
+def test_two_spellings_of_one_address_are_one_agent(tmp_path: Path) -> None:
+    one, other = _image(tmp_path / "a.img"), _image(tmp_path / "b.img")
+    with pytest.raises(ConfigError, match="is the same agent as"):
+        _check(tmp_path, _guest("a", one, "tcp:[::1]:5"), _guest("b", other, "tcp:[0:0:0:0:0:0:0:1]:5"))

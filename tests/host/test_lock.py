@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -69,10 +71,30 @@ def test_the_lock_is_free_again_after_the_block(tmp_path: Path) -> None:
                 pass
 
 
-def test_a_state_directory_that_cannot_be_written_keeps_nobody_from_serving(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_state_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with locked(f"{tmp_path}/file/state"):
+    with pytest.raises(ConfigError, match="cannot be used"), locked(f"{tmp_path}/file/state"):
         pass
-    assert "resizes cannot be started" in caplog.text
+
+
+def test_one_that_cannot_be_written_is_locked_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens = os.open
+
+    def full(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opens(path, flags, mode)
+
+    with locked(f"{tmp_path}/s"), monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        with pytest.raises(ConfigError, match="in use"), locked(f"{tmp_path}/s"):
+            pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        with locked(f"{tmp_path}/s"):
+            assert "no resize can be started" in caplog.text
+            patch.undo()
+            with pytest.raises(ConfigError, match="in use"), locked(f"{tmp_path}/s"):
+                pass

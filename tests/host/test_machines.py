@@ -183,3 +183,40 @@ async def test_a_guest_whose_pid_file_is_deleted_keeps_its_lease(
         took_s = await bench.until(lambda: bench.controller.state.guests["b"].presence is Presence.GONE)
         assert took_s < 1
         assert f"b: its machine has ended (pid {process.pid} exited)" in caplog.text
+
+
+def test_a_machine_whose_agent_has_called_runs_whatever_the_file_says(path: Path, start: Start) -> None:
+    machine = Machine(str(path))
+    assert not machine.runs()
+    machine.announced()
+    assert [machine.runs() for _ in range(3)] == [True] * 3
+    process = start()
+    path.write_text(str(process.pid))
+    assert machine.runs()
+    process.kill()
+    process.wait()
+    assert [machine.runs() for _ in range(3)] == [False] * 3, "its process was known, and has ended"
+    machine.announced()
+    assert machine.runs(), "another one, whose file is not there yet"
+    machine.close()
+
+
+def test_a_fifo_for_a_pid_file_keeps_nobody_waiting(path: Path) -> None:
+    os.mkfifo(path)
+    machine = Machine(str(path))
+    assert machine.runs(), "that cannot be known"
+    assert "is not a regular file" in machine.reason
+
+
+async def test_a_guest_that_announces_itself_without_a_pid_file_does_not_come_and_go(
+    tmp_path: Path, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with running(tmp_path, 40 * GIB, "a", pid_files={"a": path}) as bench:
+        for _ in range(8):
+            bench.controller.ready("a")
+            await asyncio.sleep(0.4)
+        said = [record.message for record in caplog.records]
+        assert len([text for text in said if "its machine runs" in text]) == 1
+        assert not [text for text in said if "its machine has ended" in text]
+        assert bench.bound("a")

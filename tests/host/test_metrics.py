@@ -16,6 +16,7 @@ from storaged.host.families import LEVELS, REASONS
 from storaged.host.metrics import HostCollector
 from storaged.host.model import books
 from storaged.host.service import Host
+from storaged.host.settings import Resizing
 from tests.host.test_controller import until
 from tests.host.test_saga_service import Bench, running
 from tests.metrics.support import promtool, written
@@ -56,7 +57,9 @@ async def test_they_are_what_the_controllers_believe(tmp_path: Path) -> None:
 
 async def test_every_label_value_is_there_from_the_start(tmp_path: Path) -> None:
     config = HostConfig(
-        (PoolConfig("p", str(tmp_path)),), (GuestConfig("a", UnixAddress(f"{tmp_path}/a"), f"{tmp_path}/a.img", "p"),)
+        (PoolConfig("p", str(tmp_path)),),
+        (GuestConfig("a", UnixAddress(f"{tmp_path}/a"), f"{tmp_path}/a.img", "p"),),
+        resize=Resizing(state_dir=f"{tmp_path}/state"),
     )
     found = samples(HostCollector(Host(config).controllers))  # nothing runs, nothing was looked at
     levels = {state: found["storaged_host_pressure", (("pool", "p"), ("state", state))] for state in LEVELS}

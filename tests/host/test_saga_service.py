@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import stat
+import tempfile
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,18 +44,18 @@ class Bench:
 @contextlib.asynccontextmanager
 async def running(directory: Path) -> AsyncIterator[Bench]:
     image = directory / "a.img"
-    for each in (image, directory / "z.img"):
-        each.touch()
+    elsewhere = tempfile.TemporaryDirectory(dir="/dev/shm")  # a pool has a filesystem of its own
+    other = f"{elsewhere.name}/z.img"
+    for each in (str(image), other):
+        os.close(os.open(each, os.O_CREAT | os.O_WRONLY, 0o600))
         os.truncate(each, 20 * GIB)
     server = await serve(agent(), directory / "a.sock")
     socket = directory / "host.sock"
     config = HostConfig(
-        (PoolConfig("p", str(directory)), PoolConfig("q", str(directory))),
+        (PoolConfig("p", str(directory)), PoolConfig("q", elsewhere.name)),
         (
             GuestConfig("a", UnixAddress(f"{directory}/a.sock"), str(image), "p", weight=2.0),
-            GuestConfig(
-                "z", UnixAddress(f"{directory}/z.sock"), f"{directory}/z.img", "q", pid_file=f"{directory}/none"
-            ),
+            GuestConfig("z", UnixAddress(f"{directory}/z.sock"), other, "q", pid_file=f"{directory}/none"),
         ),
         (UnixAddress(str(socket)), TcpAddress("127.0.0.1", 0)),
         resize=Resizing(state_dir=f"{directory}/state"),
@@ -78,6 +79,7 @@ async def running(directory: Path) -> AsyncIterator[Bench]:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await server.stop(None)
+        elsewhere.cleanup()
 
 
 async def refused(call: Awaitable[object]) -> grpc.StatusCode:

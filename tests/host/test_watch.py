@@ -7,10 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from lab.loop import Guest
 from storaged.errors import ConfigError
 from storaged.host.config import load, parse
 from storaged.host.machines import Machine
-from storaged.host.watch import FilesystemSource, PoolError, Watcher, allocated, thin_pool_block, thin_pool_free
+from storaged.host.watch import (
+    BLOCK,
+    BtrfsSource,
+    FilesystemSource,
+    PoolError,
+    Watcher,
+    allocated,
+    filesystem_source,
+    thin_pool_block,
+    thin_pool_free,
+)
 from storaged.units import GIB, MIB
 
 TABLE = "0 409600 thin-pool 253:0 253:1 128 32768 1 skip_block_zeroing"
@@ -144,3 +155,20 @@ def test_a_configuration(tmp_path: Path) -> None:
 def test_a_mistake_is_named(change: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse({"pool": {"p": {"path": "/v"}}, **change})
+
+
+@pytest.mark.btrfs
+def test_what_waits_to_be_written_back_is_not_free_on_btrfs(tmp_path: Path) -> None:
+    guest = Guest(tmp_path, 3 * GIB)
+    try:
+        source = filesystem_source(str(guest.mountpoint))
+        assert isinstance(source, BtrfsSource)
+        image = guest.mountpoint / "image"
+        with image.open("wb", buffering=0) as file:
+            sums = []
+            for _ in range(60):
+                file.write(os.urandom(8 * MIB))
+                sums.append(source.free() + os.fstat(file.fileno()).st_blocks * BLOCK)
+        assert max(sums) <= sums[0] + 16 * MIB, "what an image takes is not free too"
+    finally:
+        guest.close()
