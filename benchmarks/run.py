@@ -11,14 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import balloon, bounds, footprint, idle, prealloc, report, resize, rpc, scrape, sharing, shrink
+from benchmarks import balloon, bounds, footprint, idle, impact, prealloc, report, resize, rpc, scrape, sharing, shrink
 from benchmarks.measure import Row
 from lab.loop import sweep, workspace
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {
     module.SECTION: module.measure
-    for module in (balloon, resize, shrink, bounds, prealloc, rpc, scrape, footprint, idle, sharing)
+    for module in (balloon, resize, shrink, impact, bounds, prealloc, rpc, scrape, footprint, idle, sharing)
 }
 
 

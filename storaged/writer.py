@@ -88,7 +88,14 @@ class Writer:
         self._world = world
         self._state = State(config or Config())
         self._engine = BalloonEngine(world.filesystem, world.balloon, world.preallocated)
-        self._runner = ResizeRunner(world.filesystem, world.resizer, self._engine, world.clock, poll_s=world.poll_s)
+        self._runner = ResizeRunner(
+            world.filesystem,
+            world.resizer,
+            self._engine,
+            world.clock,
+            poll_s=world.poll_s,
+            impact=lambda: self._state.config.resize_impact,
+        )
         self._queue: asyncio.Queue[tuple[ev.Event, asyncio.Future[Any] | None]] = asyncio.Queue()
         self._waiting = _Waiting()
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in _THREADS}

@@ -207,6 +207,15 @@ class Config:
         default=False,
         metadata={"help": "Grow the filesystem to its device whenever that grows, unasked.", "reload": True},
     )
+    resize_impact: str = field(
+        default="normal",
+        metadata={
+            "help": "How much of the disk a shrink takes from applications that write meanwhile: it rests 8 times as"
+            " long as it has moved (low), as long (normal), or not (high). Nobody writes: no rest.",
+            "choices": ("low", "normal", "high"),
+            "reload": True,
+        },
+    )
     capacity_poll_s: float = field(
         default=0.25, metadata={"help": "How often it looks at the device.", "least": 0.01, "reload": True}
     )

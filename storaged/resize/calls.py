@@ -13,6 +13,7 @@ from functools import partial
 
 from storaged.core.ports import Clock, Filesystem, Resizer
 from storaged.errors import FilesystemError, Kind
+from storaged.resize import pace
 from storaged.resize.layout import Chunk, Layout, left_to_move
 from storaged.resize.work import Work
 
@@ -36,11 +37,26 @@ class NoLongerCertainError(FilesystemError):
 class KernelCalls:
     """Makes one call at a time."""
 
-    def __init__(self, filesystem: Filesystem, resizer: Resizer, clock: Clock, poll_s: float) -> None:
+    def __init__(
+        self, filesystem: Filesystem, resizer: Resizer, clock: Clock, poll_s: float, impact: Callable[[], str]
+    ) -> None:
         self._fs = filesystem
         self._resizer = resizer
         self._clock = clock
         self._poll_s = poll_s
+        self._impact = impact
+        self._worked_s = 0.0
+        """Moving, since the last rest."""
+
+    def rest(self, work: Work) -> None:
+        """Let others have the disk for a while, as long as they use it. Nothing may be locked that they wait for."""
+        left, self._worked_s = pace.rest_s(self._impact(), self._worked_s), 0.0
+        written = self._fs.device_written()
+        while left > 0 and not work.stop.wait(min(pace.LOOK_S, left)):
+            left -= pace.LOOK_S
+            before, written = written, self._fs.device_written()
+            if written - before < pace.QUIET:
+                return
 
     def resize(self, work: Work, size: int) -> None:
         """Make the filesystem `size` bytes, moving nothing."""
@@ -79,9 +95,11 @@ class KernelCalls:
 
         watcher = threading.Thread(target=watch, name="resize watch", daemon=True)
         watcher.start()
+        began = time.monotonic()
         try:
             self._call(work, call, certain)
         finally:
+            self._worked_s += time.monotonic() - began if moves else 0
             done.set()
             watcher.join()
 

@@ -33,8 +33,11 @@ class Descent:
         self._calls = calls
         self._healer = healer
 
-    def to(self, work: Work, target: int) -> None:
-        """Down to `target` bytes. FilesystemError: OUT_OF_RANGE when a step is not certain; what was cut stays cut."""
+    def to(self, work: Work, target: int, *, rests: bool = True) -> None:
+        """Down to `target` bytes. FilesystemError: OUT_OF_RANGE when a step is not certain; what was cut stays cut.
+
+        `rests`: between two steps others may have the disk; not where the caller holds what they wait for.
+        """
         size = self._fs.size()
         again = TRIES_BESIDE_A_WRITER
         while size > target:
@@ -63,6 +66,8 @@ class Descent:
                     self._leave_metadata_room(work)
                 self._balloon.ease(target, left - step.moves)
             size = step.size
+            if rests and size > target:
+                self._calls.rest(work)
 
     def picture(self) -> tuple[Layout, Longest]:
         """What is where, after a commit: only then usage and free room are true."""

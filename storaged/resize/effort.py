@@ -78,6 +78,7 @@ class BestEffort:
         why = ""
         work.prepared()
         while (size := self._fs.size()) > target:
+            self._calls.rest(work)
             work.heed()
             if size <= lowest - WORTH_A_ROUND:  # what was only taken back after a pivot is no gain
                 lowest, pivots, refusals = size, MOST_PIVOTS, MOST_REFUSALS
@@ -113,10 +114,10 @@ class BestEffort:
                 break
         return why if size > target else ""
 
-    def _cut(self, work: Work, cut: int) -> str:
+    def _cut(self, work: Work, cut: int, *, rests: bool = True) -> str:
         """Shrink to `cut` as far as it goes; why it stopped before, empty at `cut`. A best effort ends well there."""
         try:
-            self._descent.to(work, cut)
+            self._descent.to(work, cut, rests=rests)
         except FilesystemError as error:
             if error.kind is Kind.OUT_OF_RANGE:  # the guest has written meanwhile, or `cut` itself is not certain
                 return error.message
@@ -151,7 +152,7 @@ class BestEffort:
                     self._calls.resize(work, pivot.size)
                 self._move_up(work, chunk)
                 bounds = compute(self._balloon.layout(), self._balloon.longest())
-                if why := self._cut(work, max(min(bounds.minimum, layout.size), target)):
+                if why := self._cut(work, max(min(bounds.minimum, layout.size), target), rests=False):
                     log.info("a %s chunk moved in vain: %s", chunk.kind, why)
                     self._back(work, layout.size)
             except FilesystemError:

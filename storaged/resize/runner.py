@@ -38,6 +38,7 @@ class ResizeRunner:
         clock: Clock,
         *,
         poll_s: float = POLL_S,
+        impact: Callable[[], str] = lambda: "high",
     ) -> None:
         self._fs = filesystem
         self._resizer = resizer
@@ -47,7 +48,7 @@ class ResizeRunner:
         self._running = ""
         self._healer = Healer(filesystem, resizer, balloon.reclaim, poll_s=poll_s, patience_s=BUSY_WAIT_S)
         self.recover = self._healer.recover
-        self._calls = KernelCalls(filesystem, resizer, clock, poll_s)
+        self._calls = KernelCalls(filesystem, resizer, clock, poll_s, impact)
         self._descent = Descent(filesystem, balloon, self._calls, self._healer)
         self._effort = BestEffort(filesystem, balloon, self._calls, self._descent, self._healer)
 
