@@ -6,10 +6,12 @@ PY    := .venv/bin/python
 ARGS  ?=
 JOBS  ?= 2
 RUFF  := $(PY) -m ruff
+QUICK := $(wildcard $(addprefix tests/,core balloon resize sim prealloc contract metrics test_*.py) \
+	$(addprefix tests/host/test_,core.py ledger.py overcommit.py anything.py sharing_simulated.py watch.py))
 PATHS := $(wildcard storaged lab tests tools demo benchmarks dashboards)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vm test test-long test-vm test-vm-long fuzz soak adversary attack lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
+.PHONY: help setup demo demo-vm quick test test-long test-vm test-vm-long fuzz soak adversary attack lint docs dashboards dashboards-preview format bench sim-sharing proto proto-check \
 	lock clean
 
 help: ## Show this list
@@ -25,6 +27,11 @@ test: setup ## Run the checks and every test that this machine can run
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory proto-check
 	@JOBS=$(JOBS) tools/test.sh $(ARGS)
+
+quick: setup ## The checks, and the tests of what decides, without root: for the loop of every day
+	@$(RUFF) check --quiet --output-format concise $(PATHS)
+	@$(PY) -m mypy --no-error-summary
+	@$(PY) -m pytest -q -n $(JOBS) -m "not btrfs and not vm and not slow and not root and not init" $(QUICK) $(ARGS)
 
 test-long: setup ## Run the slow tests too
 	@$(MAKE) --no-print-directory lint

@@ -39,6 +39,10 @@ def found(name: str) -> str | None:
 
 def why_not() -> str:
     """Why it cannot run here; empty when it can."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        if " amx_tile " in file.read():
+            # It saves registers in a buffer that is too small for them: "ptrace set fp regs failed".
+            return "user-mode Linux does not run on a processor with AMX; the tests in the virtual machine mount 9p too"
     missing = [name for name in ("linux.uml", "diod") if found(name) is None]
     return f"needs {', '.join(missing)} (tools/beside.sh unpacks them)" if missing else ""
 

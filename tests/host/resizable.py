@@ -112,14 +112,14 @@ class Bench:
     async def moves(self) -> None:
         """Until the image or the filesystem has another size than now."""
         before = self.sizes()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 if self.sizes() != before:
                     return
                 await asyncio.sleep(0)
 
     async def ends(self, wanted: str) -> Saga:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 saga = next(each for each in self.resizes.snapshot if each.id == wanted)
                 if not saga.active:
