@@ -192,6 +192,22 @@ class Anything(RuleBasedStateMachine):
             event = ev.Suspended if vm.sleeps else ev.Resumed
             self.world.tell(event(name, self.world.now))
 
+    @rule(heir=names, rounds=st.integers(0, 2))
+    def restart_of_the_controller(self, heir: str, rounds: int) -> None:
+        """One guest answers the new controller and wants all there is; then the others spend what they had."""
+        if any(not vm.honest or vm.booting for vm in self.world.vms.values()):
+            return  # of these nothing is known before their first answer
+        self.world.restart_controller()
+        for _ in range(rounds):
+            if self.vm(heir):
+                self.world.tell(ev.RoomAsked(heir, 1 << 50, self.world.now))
+                self.world.apply(heir)
+                self.world.answer(heir)
+            self.world.pass_time(1.0)
+            self.world.epoch()
+        for name in self.world.vms:
+            self.world.write(name, 1 << 60)
+
     @rule(name=names)
     def end(self, name: str) -> None:
         if self.vm(name):

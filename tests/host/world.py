@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storaged.host import events as ev
+from storaged.host import leases
 from storaged.host.leases import Answer
 from storaged.host.model import State, established
 from storaged.host.shares import next_wakeup, step
@@ -208,6 +209,8 @@ class World:
 
     def _heard(self, event: ev.Event) -> None:
         for name, vm in self.vms.items():
+            if name not in self.state.guests:
+                continue  # to a controller that has just started
             lease = self.state.guests[name].lease
             reported = isinstance(event, ev.PotentialReported) and event.guest == name and lease.flight is None
             if lease.sequence >= vm.relieved_at or (reported and lease.potential is not None):
@@ -269,6 +272,18 @@ class World:
         """Its agent starts anew, and says so; what was on its way may be applied all the same."""
         self.calls.pop(name, None)
         self.tell(ev.GuestRestarted(name, self.now))
+
+    def restart_controller(self) -> None:
+        """It is killed and starts again: it knows how far it let images grow, and what was on its way may arrive."""
+        book = {name: leases.highest(self.state.guests[name].lease) for name in self.vms}
+        self.state = State(self.state.settings)
+        self.calls.clear()
+        self.epoch()
+        for vm in self.vms.values():
+            vm.inbox = [(-1, size) for _, size in vm.inbox]  # nobody hears the answer
+            vm.outbox.clear()
+            self.tell(ev.GuestJoined(vm.name, vm.size, vm.image, self.now, ceiling=book[vm.name]))
+        self.epoch()
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
