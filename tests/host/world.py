@@ -149,6 +149,8 @@ class World:
     def relieve(self, name: str, size: int) -> None:
         """Metadata gets room beyond the grant; until it is reported the reserve bears it."""
         vm = self.vms[name]
+        if not self.state.guests[name].lease.tells:
+            return  # of one that was started with a balloon nothing is known before its first answer
         size = min(size, self.outside_budget, vm.size - vm.image - vm.allowed - vm.beyond - vm.sparse)
         if size <= 0 or not vm.honest or not vm.may_write:
             return
