@@ -151,7 +151,7 @@ def test_refusals_name_the_numbers_and_change_nothing(make_guest: MakeGuest, mak
 
 def test_a_read_only_filesystem_is_not_resized(make_guest: MakeGuest, make_daemon: MakeDaemon) -> None:
     guest = make_guest(GIB, device_size=2 * GIB, mount="ro")
-    daemon = make_daemon(guest)
+    daemon = make_daemon(guest, "--allow-unsupported")
     for size in (2 * GIB, 900 * MIB):
         with pytest.raises(grpc.RpcError) as refused:
             daemon.resize(size)
